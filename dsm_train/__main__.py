@@ -1,0 +1,78 @@
+"""The command line: `python -m dsm_train <stage> --config recipes/x.yaml [key=value ...]`."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+COMING = ("pretrain", "reward", "ppo", "rft", "dpo", "convert", "plan", "verify-step", "corpus")
+USAGE = """usage: dsm-train <stage> [--config FILE] [key=value ...]
+
+stages:
+  sft       supervised fine-tuning on worked solutions
+  grpo      GRPO (DeepSeekMath, Algorithm 1), after a supervised warm-up where one is asked for
+  eval      greedy accuracy and pass@k on held-out tasks
+  generate  sample responses to prompts
+
+dsm-train <stage> --help explains every key. On several ranks: torchrun --nproc-per-node N -m dsm_train <stage> ...
+coming: """ + " ".join(COMING)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A stage: its configuration, what runs it, and a sentence on it."""
+
+    config: type
+    run: Callable[[Any], None]
+    description: str
+
+
+def stage(name: str) -> Stage:
+    """The stage of this name; imports what it needs and no more."""
+    from dsm_train import config
+
+    if name == "grpo":
+        from dsm_train.train import train_grpo
+
+        return Stage(config.GrpoConfig, train_grpo, "GRPO: sample groups of responses, score them, update the policy.")
+    if name == "sft":
+        from dsm_train.sft import train_sft
+
+        return Stage(config.SftConfig, train_sft, "Supervised fine-tuning on worked solutions.")
+    from dsm_train.eval.stage import evaluate, generate
+
+    if name == "eval":
+        return Stage(config.EvaluateConfig, evaluate, "Greedy accuracy and pass@k on held-out tasks.")
+    return Stage(config.GenerateConfig, generate, "Sample responses to prompts.")
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Entry point of `dsm-train`."""
+    arguments = sys.argv[1:] if argv is None else argv
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(USAGE)
+        raise SystemExit(0 if arguments else 2)
+    name, rest = arguments[0], arguments[1:]
+    known = ("sft", "grpo", "eval", "generate")
+    if name not in known:
+        what = "is not built yet" if name in COMING else "is no stage"
+        print(f"dsm-train: {name} {what}; stages that run: {' '.join(known)}", file=sys.stderr)
+        raise SystemExit(2)
+    missing = [package for package in ("megatron", "tyro", "transformers") if importlib.util.find_spec(package) is None]
+    if missing:
+        print(f"dsm-train: the trainer needs {', '.join(missing)}: pip install 'dsm[train]'", file=sys.stderr)
+        raise SystemExit(2)
+    from dsm_train.cli import load_config, user_errors
+
+    chosen = stage(name)
+    prog = f"dsm-train {name}"
+    with user_errors(prog):
+        config = load_config(chosen.config, rest, prog=prog, description=chosen.description)
+    chosen.run(config)
+
+
+if __name__ == "__main__":
+    main()

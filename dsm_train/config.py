@@ -1,0 +1,339 @@
+"""Configuration: frozen dataclasses, one per component, composed into one per stage.
+
+Every field has a sentence below it; `python -m dsm_train <stage> --help` shows them. Each component checks its own
+values in `__post_init__`; what spans components (heads against tensor parallelism, ...) is checked by the stage.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from dsm_train.rewards import RewardConfig
+
+
+def _require(condition: bool, name: str, rule: str, value: object) -> None:
+    if not condition:
+        raise ValueError(f"{name} must be {rule}; got {value}")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """A decoder of the Llama family: RMSNorm, SwiGLU, RoPE, grouped-query attention."""
+
+    num_layers: int = 4
+    """Transformer layers."""
+    hidden_size: int = 128
+    """Width of the residual stream."""
+    num_heads: int = 4
+    """Query heads."""
+    num_kv_heads: int = 4
+    """Key and value heads; num_heads must be a multiple."""
+    head_size: int | None = None
+    """Size of a head; hidden_size / num_heads unless given."""
+    ffn_size: int = 352
+    """Width of the feed-forward layer (SwiGLU)."""
+    rope_base: float = 10000.0
+    """Base of the rotary position embedding."""
+    norm_eps: float = 1e-6
+    """Epsilon of RMSNorm."""
+    tied_head: bool = False
+    """Share the embedding with the output head."""
+    init_std: float = 0.02
+    """Standard deviation of the initial weights; output projections get init_std / sqrt(2 num_layers)."""
+    max_length: int = 1024
+    """Longest prompt plus response, in tokens."""
+    vocab_multiple: int = 64
+    """The vocabulary is padded to a multiple of this times the tensor-parallel size."""
+    dtype: Literal["fp32", "bf16"] = "fp32"
+    """Type of weights and activations; statistics and accumulation are fp32 in any case."""
+    layers: Literal["auto", "local", "transformer_engine"] = "auto"
+    """Layer implementation; auto takes Transformer Engine where it is installed and the device is CUDA."""
+    recompute: bool = False
+    """Recompute activations of every layer in the backward pass: less memory, a third more compute."""
+
+    def __post_init__(self) -> None:
+        for name in ("num_layers", "hidden_size", "num_heads", "num_kv_heads", "ffn_size", "max_length"):
+            _require(getattr(self, name) >= 1, f"model.{name}", "at least 1", getattr(self, name))
+        _require(self.num_heads % self.num_kv_heads == 0, "model.num_heads",
+                 f"a multiple of model.num_kv_heads = {self.num_kv_heads}", self.num_heads)
+        _require(self.head_size is not None or self.hidden_size % self.num_heads == 0, "model.hidden_size",
+                 f"a multiple of model.num_heads = {self.num_heads}, or model.head_size given", self.hidden_size)
+        _require(self.kv_channels % 2 == 0, "model.head_size", "even, for rotary embeddings", self.kv_channels)
+
+    @property
+    def kv_channels(self) -> int:
+        """Size of a head."""
+        return self.head_size or self.hidden_size // self.num_heads
+
+
+@dataclass(frozen=True)
+class ParallelConfig:
+    """How the model and the batch are split over ranks; data parallelism takes what the others leave."""
+
+    tp: int = 1
+    """Tensor-parallel ranks."""
+    pp: int = 1
+    """Pipeline-parallel ranks."""
+    vpp: int = 1
+    """Virtual pipeline stages per rank (interleaved schedule)."""
+    sp: bool = False
+    """Sequence parallelism: norms and residuals split over the tensor-parallel ranks."""
+    distributed_optimizer: bool = False
+    """Shard the optimizer's state over data-parallel ranks."""
+    overlap: bool = False
+    """Overlap gradient reduction (and parameter gathering) with compute."""
+    timeout_minutes: float = 10.0
+    """A collective that waits longer ends the run."""
+
+    def __post_init__(self) -> None:
+        for name in ("tp", "pp", "vpp"):
+            _require(getattr(self, name) >= 1, f"parallel.{name}", "at least 1", getattr(self, name))
+        _require(self.vpp == 1 or self.pp > 1, "parallel.vpp", "1 when parallel.pp is 1", self.vpp)
+        _require(not self.sp or self.tp > 1, "parallel.sp", "false when parallel.tp is 1", self.sp)
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """AdamW with gradient clipping and a learning-rate schedule."""
+
+    lr: float = 1e-6
+    """Peak learning rate."""
+    min_lr: float = 0.0
+    """The learning rate the schedule decays to."""
+    warmup_steps: int = 0
+    """Optimizer steps of linear warm-up."""
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """How the learning rate decays after warm-up, to the last step."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay; none on norms and biases."""
+    beta1: float = 0.9
+    """Adam's decay of the first moment."""
+    beta2: float = 0.95
+    """Adam's decay of the second moment."""
+    eps: float = 1e-8
+    """Adam's epsilon."""
+    clip_grad: float = 1.0
+    """Clip the global gradient norm to this; 0 turns clipping off."""
+
+    def __post_init__(self) -> None:
+        _require(self.lr > 0, "lr", "above 0", self.lr)
+        _require(0 <= self.min_lr <= self.lr, "min_lr", f"between 0 and lr = {self.lr}", self.min_lr)
+        _require(self.warmup_steps >= 0, "warmup_steps", "at least 0", self.warmup_steps)
+        _require(self.clip_grad >= 0, "clip_grad", "at least 0", self.clip_grad)
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where questions come from: the built-in generator, or JSONL files of questions and answers."""
+
+    path: Path | None = None
+    """JSONL file of training questions (GSM8K's format); none: the built-in generator."""
+    heldout_path: Path | None = None
+    """JSONL file of held-out questions; none: the last heldout_tasks of path."""
+    prompt_template: str = "Question: {question}\nAnswer:"
+    """Prompt made from a question of a JSONL file."""
+    kinds: tuple[str, ...] = ("add",)
+    """Kinds of generated tasks: add, sub, mul, word."""
+    style: Literal["answer", "steps"] = "answer"
+    """Solutions of generated tasks: the answer alone, or worked steps."""
+    train_tasks: int | None = None
+    """Use this many training tasks; none: all there are."""
+    heldout_tasks: int = 500
+    """Tasks that are held out for evaluation."""
+    vocab_size: int = 320
+    """Vocabulary of the tokenizer that is trained at start, when tokenizer is not given."""
+    tokenizer: Path | None = None
+    """Tokenizer: a folder, or a tokenizer.json; none: one is trained at start on the training tasks."""
+    seed: int = 0
+    """Seed of the generator and of the split."""
+
+    def __post_init__(self) -> None:
+        _require(self.heldout_tasks >= 1, "data.heldout_tasks", "at least 1", self.heldout_tasks)
+        _require("{question}" in self.prompt_template, "data.prompt_template", "text with {question} in it",
+                 repr(self.prompt_template))
+        _require(self.heldout_path is None or self.path is not None, "data.heldout_path", "given with data.path",
+                 self.heldout_path)
+
+
+@dataclass(frozen=True)
+class SamplingConfig:
+    """How responses are sampled."""
+
+    temperature: float = 1.0
+    """Sampling temperature; the trainer's log-probabilities use the same. 0 is greedy (evaluation only)."""
+    top_p: float = 1.0
+    """Nucleus sampling: the smallest set of tokens with at least this probability."""
+    top_k: int = 0
+    """Sample among the k most likely tokens; 0: all."""
+    max_new_tokens: int = 512
+    """Longest response, in tokens."""
+
+    def __post_init__(self) -> None:
+        _require(self.temperature >= 0, "temperature", "at least 0", self.temperature)
+        _require(0 < self.top_p <= 1, "top_p", "above 0 and at most 1", self.top_p)
+        _require(self.top_k >= 0, "top_k", "at least 0", self.top_k)
+        _require(self.max_new_tokens >= 1, "max_new_tokens", "at least 1", self.max_new_tokens)
+
+
+@dataclass(frozen=True)
+class AlgorithmConfig:
+    """GRPO and its family; the defaults are DeepSeekMath's."""
+
+    preset: Literal["grpo", "dr_grpo", "dapo", "gspo", "cispo"] = "grpo"
+    """Named member of the family; it sets what is left at none below."""
+    clip_low: float | None = None
+    """Importance ratios are clipped below at 1 - clip_low."""
+    clip_high: float | None = None
+    """Importance ratios are clipped above at 1 + clip_high."""
+    kl_coef: float | None = None
+    """beta, the weight of the KL to the reference model in the loss; 0 keeps no reference model."""
+    kl: Literal["k1", "k2", "k3", "k1+", "k3+"] | None = None
+    """KL estimator; k3 is the paper's."""
+    average: Literal["response", "token", "fixed"] | None = None
+    """Average per response and then over responses (the paper), over all tokens, or by a fixed length."""
+    scale: Literal["std", "none", "loo", "batch"] | None = None
+    """Scale of the group-relative advantage: the group's own deviation (the paper), none, leave-one-out, the batch's."""
+    prompts_per_step: int = 16
+    """Questions per exploration stage, over all data-parallel ranks."""
+    group_size: int = 64
+    """G, the responses per question; at least 2."""
+    minibatches: int = 1
+    """Optimizer steps that share one exploration stage's rollouts, by splitting its groups."""
+    epochs: int = 1
+    """mu, the passes over each exploration stage's rollouts."""
+    reference_every: int = 0
+    """Replace the reference model by the policy every so many steps (iterative GRPO); 0: never."""
+    shuffle_rewards: bool = False
+    """Control experiment: permute rewards within each step, so that they carry no information."""
+
+    def __post_init__(self) -> None:
+        _require(self.group_size >= 2, "algorithm.group_size",
+                 "at least 2: GRPO's baseline is the group's mean", self.group_size)
+        for name in ("prompts_per_step", "minibatches", "epochs"):
+            _require(getattr(self, name) >= 1, f"algorithm.{name}", "at least 1", getattr(self, name))
+        _require(self.prompts_per_step % self.minibatches == 0, "algorithm.prompts_per_step",
+                 f"a multiple of algorithm.minibatches = {self.minibatches}", self.prompts_per_step)
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """What every stage has."""
+
+    out: Path = Path("runs/run")
+    """Folder for metrics, samples, report and weights."""
+    init: Path | None = None
+    """Folder of weights to start from (written by another stage); none: random weights."""
+    seed: int = 0
+    """Seed of weights, data order and sampling."""
+    max_tokens: int = 16384
+    """Token budget of a micro-batch on one rank."""
+    threads: int = 0
+    """CPU threads per rank; 0: the machine's cores divided by the ranks on it."""
+
+    def __post_init__(self) -> None:
+        _require(self.max_tokens >= 1, "run.max_tokens", "at least 1", self.max_tokens)
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """Evaluation on held-out tasks."""
+
+    every: int = 0
+    """Evaluate every so many steps (greedy accuracy); 0: only before and after."""
+    tasks: int | None = None
+    """Evaluate on this many held-out tasks during training; none: on all."""
+    samples: int = 0
+    """Samples per task for pass@k at the end; 0: greedy accuracy alone."""
+    batch: int = 1024
+    """Responses that are decoded together."""
+
+
+@dataclass(frozen=True)
+class SftTraining:
+    """Supervised fine-tuning on worked solutions."""
+
+    steps: int = 500
+    """Optimizer steps; 0 skips supervised training."""
+    examples: int | None = None
+    """Use this many of the training tasks, the first of the seeded order; none: all."""
+    batch: int = 256
+    """Examples per optimizer step, over all data-parallel ranks."""
+    prompt_loss: bool = False
+    """Learn to predict the prompt as well."""
+    optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=5e-5))
+    """Optimizer of supervised training."""
+
+    def __post_init__(self) -> None:
+        _require(self.steps >= 0, "steps", "at least 0", self.steps)
+        _require(self.batch >= 1, "batch", "at least 1", self.batch)
+
+
+@dataclass(frozen=True)
+class StageConfig:
+    """What every stage is made of."""
+
+    run: RunConfig = field(default_factory=RunConfig)
+    """Run."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    """Model."""
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    """Parallelism."""
+    data: DataConfig = field(default_factory=DataConfig)
+    """Data."""
+    rewards: RewardConfig = field(default_factory=RewardConfig)
+    """Rewards."""
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    """Evaluation."""
+
+
+@dataclass(frozen=True)
+class SftConfig(StageConfig):
+    """Stage `sft`."""
+
+    sft: SftTraining = field(default_factory=SftTraining)
+    """Supervised fine-tuning."""
+    sampling: SamplingConfig = field(default_factory=lambda: SamplingConfig(temperature=0.0))
+    """How evaluation samples."""
+
+
+@dataclass(frozen=True)
+class GrpoConfig(StageConfig):
+    """Stage `grpo`: the paper's Algorithm 1, after a supervised warm-up where one is asked for."""
+
+    warmup: SftTraining = field(default_factory=lambda: SftTraining(steps=0))
+    """Supervised warm-up before GRPO; steps=0 skips it."""
+    algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)
+    """Algorithm."""
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    """Sampling of rollouts."""
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    """Optimizer of GRPO."""
+    steps: int = 200
+    """Exploration stages: sample, score, update."""
+
+    def __post_init__(self) -> None:
+        _require(self.steps >= 1, "steps", "at least 1", self.steps)
+        _require(self.sampling.temperature > 0, "sampling.temperature",
+                 "above 0 for GRPO: greedy responses of a group are all equal", self.sampling.temperature)
+
+
+@dataclass(frozen=True)
+class EvaluateConfig(StageConfig):
+    """Stage `eval`: greedy accuracy and pass@k on held-out tasks."""
+
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    """How pass@k samples; greedy accuracy is measured as well."""
+
+
+@dataclass(frozen=True)
+class GenerateConfig(StageConfig):
+    """Stage `generate`: sample responses and print them."""
+
+    prompts: tuple[str, ...] = ()
+    """Prompts to answer; none: the first held-out tasks."""
+    num_samples: int = 1
+    """Responses per prompt."""
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    """How responses are sampled."""

@@ -1,0 +1,64 @@
+"""Greedy accuracy and pass@k on held-out tasks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from math import comb
+
+import torch
+
+from dsm_train.config import SamplingConfig
+from dsm_train.data import Task, Tokenizer
+from dsm_train.megatron.parallel import Parallel
+from dsm_train.rewards import numeric_reward
+from dsm_train.rollout.engine import RolloutEngine
+from dsm_train.types import Prompt
+
+
+@dataclass(frozen=True)
+class Evaluator:
+    """Asks an engine for answers to tasks and counts the right ones."""
+
+    engine: RolloutEngine
+    tokenizer: Tokenizer
+    parallel: Parallel
+    sampling: SamplingConfig
+    batch: int
+
+    def greedy_accuracy(self, tasks: Sequence[Task]) -> float:
+        """Share of tasks (over all data-parallel ranks) whose greedy response is right."""
+        sampling = replace(self.sampling, temperature=0.0, top_p=1.0, top_k=0)
+        correct = self._correct(tasks, 1, sampling)
+        return self._mean([float(c) for c in correct])
+
+    def pass_at_k(self, tasks: Sequence[Task], num_samples: int) -> dict[int, float]:
+        """pass@k for k = 1, 2, 4, ... up to num_samples, by the unbiased estimator of Chen et al., arXiv 2107.03374."""
+        correct = self._correct(tasks, num_samples, self.sampling)
+        ks = [k for k in (2**i for i in range(20)) if k <= num_samples]
+        return {k: self._mean([pass_at_k(num_samples, c, k) for c in correct]) for k in ks}
+
+    def _correct(self, tasks: Sequence[Task], num_samples: int, sampling: SamplingConfig) -> list[int]:
+        """Number of right responses to each of this replica's tasks."""
+        mine = tasks[self.parallel.dp_rank :: self.parallel.dp_size]
+        per_call = max(1, self.batch // num_samples)
+        correct = []
+        for first in range(0, len(mine), per_call):
+            asked = mine[first : first + per_call]
+            prompts = [Prompt(task.id, self.tokenizer.encode(task.prompt)) for task in asked]
+            # No training step has this number, so evaluation never shares its random numbers with training.
+            rollouts = self.engine.generate(prompts, num_samples, sampling, step=-1)
+            for i, task in enumerate(asked):
+                responses = (rollouts.sequences.response(s) for s in range(i * num_samples, (i + 1) * num_samples))
+                correct.append(sum(numeric_reward(self.tokenizer.decode(r.tolist()), task.answer) == 1.0
+                                   for r in responses))
+        return correct
+
+    def _mean(self, values: Sequence[float]) -> float:
+        total = self.parallel.all_reduce(torch.tensor([sum(values), len(values)], dtype=torch.float64))
+        return float(total[0] / total[1])
+
+
+def pass_at_k(num_samples: int, num_correct: int, k: int) -> float:
+    """Probability that at least one of k samples, drawn without replacement, is right: 1 - C(n - c, k) / C(n, k)."""
+    return 1.0 - comb(num_samples - num_correct, k) / comb(num_samples, k)

@@ -1,0 +1,112 @@
+"""The layer spec: Megatron's transformer layer around our core attention and our RMSNorm.
+
+N packed tokens, H heads, K head size.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+from triton_kernels import PackedLayout, packed_attention
+
+
+class Attend(Protocol):
+    """How the tokens of a forward pass see each other: `attend(layer, q_NHK, k, v, scale) -> out_NHK`."""
+
+    def __call__(self, layer: int, q_NHK: Tensor, k_NHK: Tensor, v_NHK: Tensor, scale: float) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class PackedAttend:
+    """Causal attention within each sequence of a packed buffer."""
+
+    layout: PackedLayout
+
+    def __call__(self, layer: int, q_NHK: Tensor, k_NHK: Tensor, v_NHK: Tensor, scale: float) -> Tensor:
+        return packed_attention(q_NHK, k_NHK, v_NHK, self.layout, scale=scale)
+
+
+@dataclass
+class Tokens(PackedSeqParams):
+    """What our core attention needs to know of a forward pass; travels through Megatron as `packed_seq_params`."""
+
+    qkv_format: str = "thd"
+    attend: Attend | None = None
+    cos_NK: Tensor | None = None
+    sin_NK: Tensor | None = None
+
+
+def rotary_tables(position_N: Tensor, head_size: int, base: float) -> tuple[Tensor, Tensor]:
+    """cos and sin [N, 1, K] fp32 of the rotary embedding (Su et al., arXiv 2104.09864) at explicit positions."""
+    frequency = base ** (-torch.arange(0, head_size, 2, device=position_N.device, dtype=torch.float32) / head_size)
+    angle = position_N.float()[:, None, None] * frequency.repeat(2)
+    return angle.cos(), angle.sin()
+
+
+def rotate(x_NHK: Tensor, cos_NK: Tensor, sin_NK: Tensor) -> Tensor:
+    """Rotate pairs (i, i + K/2) of every head, in fp32."""
+    x = x_NHK.float()
+    first, second = x.chunk(2, dim=-1)
+    return (x * cos_NK + torch.cat([-second, first], dim=-1) * sin_NK).to(x_NHK.dtype)
+
+
+class CoreAttention(torch.nn.Module):
+    """Rotary embedding at explicit positions, then the attention that the forward pass asks for."""
+
+    def __init__(self, config: TransformerConfig, layer_number: int, *args: Any, softmax_scale: float | None = None,
+                 **kwargs: Any) -> None:
+        super().__init__()
+        self.layer = layer_number
+        self.scale = softmax_scale or config.kv_channels**-0.5
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
+                packed_seq_params: Tokens, **kwargs: Any) -> Tensor:
+        tokens = packed_seq_params
+        query, key = (rotate(x, tokens.cos_NK, tokens.sin_NK) for x in (query, key))
+        return tokens.attend(self.layer, query, key, value, self.scale).flatten(1).unsqueeze(1)
+
+
+class RMSNorm(torch.nn.Module):
+    """x / rms(x) * weight. Megatron's own wrapper of torch's refuses sequence parallelism."""
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-6, **kwargs: Any) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = torch.nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype))
+        # finalize_model_grads sums the gradient of such weights over the tensor-parallel ranks.
+        self.weight.sequence_parallel = config.sequence_parallel
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.nn.functional.rms_norm(x, x.shape[-1:], self.weight, self.eps)
+
+
+def transformer_engine_available() -> bool:
+    """Whether Transformer Engine is installed and there is a CUDA device for it."""
+    from megatron.core.extensions.transformer_engine import HAVE_TE
+
+    return HAVE_TE and torch.cuda.is_available()
+
+
+def block_spec(config: TransformerConfig, transformer_engine: bool, vp_stage: int | None) -> TransformerBlockSubmodules:
+    """Layers of this rank's chunk: Transformer Engine's or Megatron's local ones, with our core attention."""
+    if transformer_engine:
+        from megatron.core.extensions.transformer_engine import TENorm
+        from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
+
+        layer: ModuleSpec = get_gpt_layer_with_transformer_engine_spec()
+        norm: type = TENorm
+    else:
+        layer, norm = get_gpt_layer_local_spec(normalization="RMSNorm"), RMSNorm
+        layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = RMSNorm
+    layer.submodules.self_attention.submodules.core_attention = CoreAttention
+    # The final norm is named here too: a bare layer spec would take Megatron's default.
+    return TransformerBlockSubmodules([layer] * get_num_layers_to_build(config, vp_stage=vp_stage), layer_norm=norm)

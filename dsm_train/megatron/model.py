@@ -1,0 +1,130 @@
+"""GPTModel of the Llama family, as chunks of this rank, whose last stage gives hidden states instead of logits.
+
+N packed tokens, D hidden.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+from dsm_train.config import ModelConfig, ParallelConfig
+from dsm_train.megatron import platform
+from dsm_train.megatron.layers import Attend, Tokens, block_spec, rotary_tables, transformer_engine_available
+from dsm_train.megatron.parallel import Parallel
+
+
+class HiddenGPTModel(GPTModel):
+    """A GPTModel whose forward ends with the final norm: [N, 1, D], never logits."""
+
+    def _postprocess(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return hidden_states
+
+    def head_weight(self) -> Tensor:
+        """The output head [V, D] (this rank's vocabulary shard), tied or not."""
+        if self.share_embeddings_and_output_weights:
+            return self.shared_embedding_or_output_weight()
+        return self.output_layer.weight
+
+
+def padded_vocab(vocab_size: int, multiple: int, tp: int) -> int:
+    """The vocabulary rounded up so that it splits evenly over tensor-parallel ranks."""
+    unit = multiple * tp
+    return -(-vocab_size // unit) * unit
+
+
+def uses_transformer_engine(model: ModelConfig) -> bool:
+    """Which layers serve; raises `ValueError` when Transformer Engine is asked for and absent."""
+    if model.layers == "transformer_engine" and not transformer_engine_available():
+        raise ValueError("model.layers=transformer_engine needs Transformer Engine and CUDA: pip install 'dsm[te]', "
+                         "or set model.layers=auto")
+    return model.layers != "local" and transformer_engine_available()
+
+
+def transformer_config(model: ModelConfig, parallel: ParallelConfig) -> TransformerConfig:
+    """Megatron's configuration of the model in this layout."""
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[model.dtype]
+    pipelined, interleaved = parallel.pp > 1, parallel.vpp > 1
+    return TransformerConfig(
+        num_layers=model.num_layers,
+        hidden_size=model.hidden_size,
+        num_attention_heads=model.num_heads,
+        num_query_groups=model.num_kv_heads,
+        kv_channels=model.kv_channels,
+        ffn_hidden_size=model.ffn_size,
+        normalization="RMSNorm",
+        layernorm_epsilon=model.norm_eps,
+        gated_linear_unit=True,
+        activation_func=F.silu,
+        add_bias_linear=False,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=model.dtype == "bf16",
+        tensor_model_parallel_size=parallel.tp,
+        pipeline_model_parallel_size=parallel.pp,
+        virtual_pipeline_model_parallel_size=parallel.vpp if interleaved else None,
+        sequence_parallel=parallel.sp,
+        # Packed micro-batches differ in length, which the pipeline must be told; upstream then insists on this
+        # dispatcher even for dense models.
+        variable_seq_lengths=pipelined,
+        moe_token_dispatcher_type="alltoall",
+        # Batched sends to the same peer are matched in the wrong order by the interleaved schedule when pp is 2.
+        batch_p2p_comm=not interleaved,
+        overlap_p2p_comm=interleaved,
+        # The loss is normalised over the optimizer step before its first backward; nobody divides again.
+        calculate_per_token_loss=True,
+        recompute_granularity="full" if model.recompute else None,
+        recompute_method="uniform" if model.recompute else None,
+        recompute_num_layers=1 if model.recompute else None,
+        use_cpu_initialization=True,
+        perform_initialization=False,
+        persist_layer_norm=False,
+        gradient_accumulation_fusion=False,
+        bias_activation_fusion=False,
+        bias_dropout_fusion=False,
+        apply_rope_fusion=False,
+        masked_softmax_fusion=False,
+    )
+
+
+def build_model(model: ModelConfig, vocab_size: int, parallel: Parallel) -> list[HiddenGPTModel]:
+    """This rank's chunks (one per virtual stage), on its device, with weights still to be set.
+
+    vocab_size: padded, see `padded_vocab`.
+    """
+    config = transformer_config(model, parallel.config)
+    virtual = parallel.config.vpp
+    chunks = []
+    for stage in range(virtual):
+        vp_stage = stage if virtual > 1 else None
+        chunk = HiddenGPTModel(
+            config,
+            block_spec(config, uses_transformer_engine(model), vp_stage),
+            vocab_size,
+            model.max_length,
+            pre_process=parallel.is_first_stage and stage == 0,
+            post_process=parallel.is_last_stage and stage == virtual - 1,
+            share_embeddings_and_output_weights=model.tied_head,
+            position_embedding_type="none",
+            pg_collection=parallel.groups,
+            vp_stage=vp_stage,
+        )
+        chunks.append(chunk.to(platform.device()))
+    return chunks
+
+
+def forward_hidden(chunk: torch.nn.Module, model: ModelConfig, token_N: Tensor, position_N: Tensor,
+                   attend: Attend) -> Tensor:
+    """One chunk's forward over packed tokens: its output [N, 1, D] (hidden states on the last stage)."""
+    cos, sin = rotary_tables(position_N, model.kv_channels, model.rope_base)
+    tokens = Tokens(attend=attend, cos_NK=cos, sin_NK=sin)
+    # A bf16 model's wrapper would cast its output to fp32: our loss ops take the operands as they are.
+    precision = {"fp32_output": False} if model.dtype == "bf16" and not isinstance(chunk, HiddenGPTModel) else {}
+    return chunk(token_N[None], position_N[None], None, packed_seq_params=tokens, **precision)

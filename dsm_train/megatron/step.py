@@ -1,0 +1,174 @@
+"""Megatron's forward-backward over packed micro-batches, its data-parallel buffers and its optimizer.
+
+T loss rows, D hidden, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.transformer.module import Float16Module
+from torch import Tensor
+
+from dsm_train.config import ModelConfig, OptimConfig
+from dsm_train.megatron.layers import PackedAttend
+from dsm_train.megatron.model import HiddenGPTModel, forward_hidden
+from dsm_train.megatron.parallel import Parallel
+from dsm_train.packing import MicroBatch
+from triton_kernels import LossOutput, linear_logprob
+
+
+@dataclass(frozen=True)
+class Head:
+    """What a loss sees of the model: the states that predict the loss rows, and the output head."""
+
+    hidden_TD: Tensor
+    weight_VD: Tensor
+
+
+Loss = Callable[[Head, MicroBatch], LossOutput]
+"""A loss: the micro-batch's share of the step's loss, already normalised over the whole optimizer step."""
+
+
+class Model:
+    """A policy in this layout: chunks to run forward, nothing to train."""
+
+    def __init__(self, config: ModelConfig, vocab_size: int, chunks: Sequence[HiddenGPTModel],
+                 parallel: Parallel) -> None:
+        """vocab_size: the tokenizer's; the weights may be padded beyond it."""
+        self.config, self.vocab_size, self.parallel = config, vocab_size, parallel
+        self.chunks = list(chunks)
+        bf16 = config.dtype == "bf16"
+        self.modules: list[torch.nn.Module] = [Float16Module(c.config, c) if bf16 else c for c in chunks]
+
+    def _run(self, loss_of: Callable[[Head, MicroBatch], Any], micro_batches: Sequence[MicroBatch], *,
+             train: bool) -> list[Any]:
+        """Megatron's schedule; returns what `loss_of` gave on the last stage, in the order of micro-batches."""
+
+        def forward_step(batches: Any, module: torch.nn.Module) -> tuple[Tensor, Callable[..., Any]]:
+            batch: MicroBatch = next(batches)
+            output = forward_hidden(module, self.config, batch.token_N, batch.position_N, PackedAttend(batch.layout))
+            return output, partial(self._loss_function, loss_of, batch)
+
+        iterators = [iter(micro_batches) for _ in self.modules]
+        return get_forward_backward_func()(
+            forward_step_func=forward_step,
+            data_iterator=iterators if len(iterators) > 1 else iterators[0],
+            model=self.modules if len(self.modules) > 1 else self.modules[0],
+            num_microbatches=len(micro_batches),
+            seq_length=self.config.max_length,
+            micro_batch_size=1,
+            forward_only=not train,
+            collect_non_loss_data=not train,
+        )
+
+    def _loss_function(self, loss_of: Callable[[Head, MicroBatch], Any], batch: MicroBatch, output: Tensor,
+                       non_loss_data: bool = False) -> Any:
+        """Megatron's loss function: (sum, 0 tokens, output), so that nothing is divided after us."""
+        result = loss_of(Head(output.squeeze(1)[batch.state_T], self.head_weight()), batch)
+        if non_loss_data:
+            return result
+        return result.loss, torch.zeros([], dtype=torch.int, device=output.device), result
+
+    def head_weight(self) -> Tensor:
+        """The output head [V, D] without the rows that pad the vocabulary."""
+        return self.chunks[-1].head_weight()[: self.vocab_size]
+
+    @torch.no_grad()
+    def logprobs(self, micro_batches: Sequence[MicroBatch], num_rows: int, temperature: float) -> Tensor:
+        """Log-probability of every response token of the batch the micro-batches were packed from: [T], CPU, fp32."""
+        def score(head: Head, batch: MicroBatch) -> Tensor:
+            return linear_logprob(head.hidden_TD, head.weight_VD, batch.target_T, temperature=temperature).logprob_T
+
+        logprob_T = torch.zeros(num_rows)
+        for batch, value in zip(micro_batches, self._run(score, micro_batches, train=False), strict=True):
+            logprob_T[batch.row_T] = value.float().cpu()
+        return logprob_T
+
+
+class TrainableModel(Model):
+    """A policy with gradient buffers, optimizer and learning-rate schedule."""
+
+    def __init__(self, config: ModelConfig, vocab_size: int, chunks: Sequence[HiddenGPTModel], parallel: Parallel,
+                 optim: OptimConfig, total_steps: int) -> None:
+        super().__init__(config, vocab_size, chunks, parallel)
+        layout, megatron = parallel.config, chunks[0].config
+        overlap_gather = layout.overlap and layout.distributed_optimizer
+        ddp = DistributedDataParallelConfig(
+            grad_reduce_in_fp32=True,
+            use_distributed_optimizer=layout.distributed_optimizer,
+            overlap_grad_reduce=layout.overlap,
+            overlap_param_gather=overlap_gather,
+        )
+        self.modules = [
+            DistributedDataParallel(megatron, ddp, module, disable_bucketing=i > 0, pg_collection=parallel.groups)
+            for i, module in enumerate(self.modules)
+        ]
+        self.steps = 0
+        self.restart(optim, total_steps)
+
+    def restart(self, optim: OptimConfig, total_steps: int) -> None:
+        """A fresh optimizer and schedule for `total_steps` more steps; the weights stay."""
+        layout, megatron = self.parallel.config, self.chunks[0].config
+        overlap_gather = layout.overlap and layout.distributed_optimizer
+        self.optimizer = get_megatron_optimizer(
+            OptimizerConfig(
+                optimizer="adam", lr=optim.lr, min_lr=optim.min_lr, weight_decay=optim.weight_decay,
+                adam_beta1=optim.beta1, adam_beta2=optim.beta2, adam_eps=optim.eps, clip_grad=optim.clip_grad,
+                bf16=self.config.dtype == "bf16", params_dtype=megatron.params_dtype,
+                use_distributed_optimizer=layout.distributed_optimizer, overlap_param_gather=overlap_gather,
+            ),
+            self.modules,
+            use_gloo_process_groups=False,
+            pg_collection=None,
+        )
+        self.schedule = OptimizerParamScheduler(
+            self.optimizer, init_lr=0.0, max_lr=optim.lr, min_lr=optim.min_lr, lr_warmup_steps=optim.warmup_steps,
+            lr_decay_steps=max(total_steps, optim.warmup_steps + 1), lr_decay_style=optim.schedule,
+            start_wd=optim.weight_decay, end_wd=optim.weight_decay, wd_incr_steps=0, wd_incr_style="constant",
+        )
+        megatron.finalize_model_grads_func = finalize_model_grads
+        megatron.grad_scale_func = self.optimizer.scale_loss
+        syncs = [module.no_sync for module in self.modules]
+        megatron.no_sync_func = (syncs if len(syncs) > 1 else syncs[0]) if layout.overlap else None
+
+    def forward_backward(self, micro_batches: Sequence[MicroBatch], loss: Loss) -> list[LossOutput]:
+        """Accumulate the gradient of the sum of the micro-batches' losses; gives the last stage's loss outputs."""
+        for module in self.modules:
+            module.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        return self._run(loss, micro_batches, train=True)
+
+    def optimizer_step(self) -> float:
+        """Clip, update, advance the schedule; returns the global gradient norm before clipping.
+
+        Raises `FloatingPointError` when the norm is not finite: the weights are left as they were.
+        """
+        lr_stepped, grad_norm, _ = self.optimizer.step()
+        norm = float(grad_norm)
+        if not lr_stepped or norm != norm or norm == float("inf"):
+            raise FloatingPointError(f"the gradient norm is {norm} at optimizer step {self.steps}")
+        self.schedule.step(increment=1)
+        self.steps += 1
+        return norm
+
+    @property
+    def learning_rate(self) -> float:
+        """The learning rate of the next optimizer step."""
+        return float(self.optimizer.param_groups[0]["lr"])
+
+
+def adam_implementation() -> str:
+    """Which package's Adam Megatron found."""
+    from megatron.core import optimizer
+
+    package = optimizer.Adam.__module__.split(".")[0]
+    return {"torch": "PyTorch AdamW", "apex": "apex FusedAdam", "transformer_engine": "Transformer Engine FusedAdam"}[package]

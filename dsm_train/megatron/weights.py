@@ -1,0 +1,131 @@
+"""Weights by their canonical names (layers counted over all stages): initialisation, copies, files.
+
+Every weight is drawn from a generator of its own, seeded by (seed, name), as the full tensor, of which each rank keeps its
+shard: the same model in every layout.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from dsm_train.config import ModelConfig
+from dsm_train.megatron.model import HiddenGPTModel
+from dsm_train.megatron.parallel import Parallel
+
+_LAYER = re.compile(r"decoder\.layers\.(\d+)\.(.*)")
+WEIGHTS_FILE = "model.safetensors"
+MODEL_FILE = "model.json"
+
+
+def named_weights(chunks: Sequence[HiddenGPTModel]) -> Iterator[tuple[str, torch.nn.Parameter]]:
+    """(canonical name, parameter) of every weight on this rank."""
+    for chunk in chunks:
+        for name, parameter in chunk.named_parameters():
+            match = _LAYER.match(name)
+            if match:
+                layer = chunk.decoder.layers[int(match[1])].layer_number - 1
+                name = f"decoder.layers.{layer}.{match[2]}"
+            yield name, parameter
+
+
+def shard(name: str, full: Tensor, parameter: torch.nn.Parameter, parallel: Parallel) -> Tensor:
+    """This rank's part of a full weight."""
+    tp, rank = parallel.groups.tp.size(), parallel.groups.tp.rank()
+    if tp == 1 or not getattr(parameter, "tensor_model_parallel", False):
+        return full
+    if "linear_fc1" in name:  # [gate | up], each split on its own
+        return torch.cat([half.chunk(tp)[rank] for half in full.chunk(2)])
+    return full.chunk(tp, dim=parameter.partition_dim)[rank]
+
+
+def _full_shape(parameter: torch.nn.Parameter, tp: int) -> list[int]:
+    shape = list(parameter.shape)
+    if getattr(parameter, "tensor_model_parallel", False):
+        shape[parameter.partition_dim] *= tp
+    return shape
+
+
+@torch.no_grad()
+def initialise(chunks: Sequence[HiddenGPTModel], model: ModelConfig, seed: int, parallel: Parallel) -> None:
+    """Draw all weights: normal(0, init_std), norms 1, projections into the residual stream / sqrt(2 num_layers)."""
+    for name, parameter in named_weights(chunks):
+        if "norm" in name:
+            parameter.fill_(1.0)
+            continue
+        generator = torch.Generator().manual_seed(_name_seed(seed, name))
+        std = model.init_std
+        if name.endswith(("linear_proj.weight", "linear_fc2.weight")):
+            std /= (2 * model.num_layers) ** 0.5
+        full = torch.randn(_full_shape(parameter, parallel.groups.tp.size()), generator=generator) * std
+        parameter.copy_(shard(name, full, parameter, parallel))
+
+
+def _name_seed(seed: int, name: str) -> int:
+    # A tied head on another pipeline stage must start as the embedding's copy.
+    name = name.replace("output_layer", "embedding.word_embeddings") if name == "output_layer.weight" else name
+    return int.from_bytes(hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=8).digest(), "little") >> 1
+
+
+@torch.no_grad()
+def copy_weights(source: Sequence[HiddenGPTModel], target: Sequence[HiddenGPTModel]) -> None:
+    """Make `target` (same layout) hold the weights of `source`."""
+    for from_, to in zip(source, target, strict=True):
+        for parameter, value in zip(to.parameters(), from_.parameters(), strict=True):
+            parameter.copy_(value)
+
+
+def save_weights(folder: Path, chunks: Sequence[HiddenGPTModel], model: ModelConfig, parallel: Parallel) -> None:
+    """Write `model.safetensors` (full tensors by canonical name) and `model.json`, each in one atomic rename.
+
+    Raises `ValueError` when the weights are split over ranks: gathering them comes with checkpoints of all layouts.
+    """
+    if parallel.config.tp * parallel.config.pp > 1:
+        raise ValueError("saving weights of a split model is not built yet; use parallel.tp=1 parallel.pp=1")
+    if not parallel.is_main:
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {name: parameter.detach().cpu().contiguous() for name, parameter in named_weights(chunks)}
+    save_file(tensors, folder / f"{WEIGHTS_FILE}.tmp")
+    (folder / f"{MODEL_FILE}.tmp").write_text(json.dumps(asdict(model), indent=1) + "\n")
+    for file in (WEIGHTS_FILE, MODEL_FILE):
+        (folder / f"{file}.tmp").replace(folder / file)
+
+
+def saved_model(folder: Path, model: ModelConfig) -> ModelConfig:
+    """The configuration of saved weights; `layers`, `dtype`, `recompute` and `vocab_multiple` stay as given.
+
+    Raises `ValueError` when the folder holds no weights.
+    """
+    for file in (WEIGHTS_FILE, MODEL_FILE):
+        if not (folder / file).is_file():
+            raise ValueError(f"run.init: {folder} holds no {file}; give a folder written by a stage of this trainer")
+    saved = ModelConfig(**json.loads((folder / MODEL_FILE).read_text()))
+    return replace(saved, layers=model.layers, dtype=model.dtype, recompute=model.recompute,
+                   vocab_multiple=model.vocab_multiple)
+
+
+@torch.no_grad()
+def load_weights(folder: Path, chunks: Sequence[HiddenGPTModel], parallel: Parallel) -> None:
+    """Read weights written by `save_weights` into this rank's shards.
+
+    The vocabulary may be padded differently now: missing rows become zero.
+    """
+    full = load_file(folder / WEIGHTS_FILE)
+    for name, parameter in named_weights(chunks):
+        if name not in full:
+            raise ValueError(f"run.init: {folder / WEIGHTS_FILE} has no weight {name}; was it written with another model?")
+        value, shape = full[name], _full_shape(parameter, parallel.groups.tp.size())
+        if list(value.shape) != shape and name in ("embedding.word_embeddings.weight", "output_layer.weight"):
+            value = torch.nn.functional.pad(value[: shape[0]], (0, 0, 0, max(0, shape[0] - value.shape[0])))
+        if list(value.shape) != shape:
+            raise ValueError(f"run.init: weight {name} of {folder} has shape {list(value.shape)}, the model {shape}")
+        parameter.copy_(shard(name, value, parameter, parallel))

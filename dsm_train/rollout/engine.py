@@ -1,0 +1,21 @@
+"""What the trainer asks of a rollout engine."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from dsm_train.config import SamplingConfig
+from dsm_train.types import Prompt, Rollouts
+
+
+class RolloutEngine(Protocol):
+    """Samples responses with the policy's current weights."""
+
+    def generate(self, prompts: Sequence[Prompt], num_samples: int, sampling: SamplingConfig, *, step: int) -> Rollouts:
+        """`num_samples` responses to each prompt.
+
+        The random number of a token is a function of (engine's seed, step, prompt id, sample index, position): the same
+        arguments and weights give the same responses.
+        """
+        ...

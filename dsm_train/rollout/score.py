@@ -1,0 +1,55 @@
+"""From rollouts to scored rollouts, samples to read, and the numbers of a step.
+
+P prompts, S responses, T response tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from dsm_train.data import Task, Tokenizer
+from dsm_train.metrics import Sample
+from dsm_train.rewards import RewardConfig, reward
+from dsm_train.types import Rollouts
+
+
+def score(rollouts: Rollouts, tasks: Sequence[Task], tokenizer: Tokenizer, config: RewardConfig) -> Rollouts:
+    """Rewards by rule: `tasks[p]` is the task of prompt p."""
+    sequences = rollouts.sequences
+    rewards = [reward(tokenizer.decode(sequences.response(s).tolist()), tasks[p].answer, config)
+               for s, p in enumerate(sequences.prompt_of_response_S.tolist())]
+    return rollouts.with_(reward_S=torch.tensor(rewards, dtype=torch.float32))
+
+
+def shuffle_rewards(rollouts: Rollouts, seed: int, step: int) -> Rollouts:
+    """Control experiment: the same rewards on other responses, so that they carry no information."""
+    generator = torch.Generator().manual_seed(hash((seed, step)) & 0x7FFFFFFF)
+    order = torch.randperm(rollouts.reward_S.numel(), generator=generator)
+    return rollouts.with_(reward_S=rollouts.reward_S[order])
+
+
+def read_samples(rollouts: Rollouts, tasks: Sequence[Task], tokenizer: Tokenizer, count: int) -> list[Sample]:
+    """The first response of each of the first `count` groups, as a person would read it."""
+    samples = []
+    for p, task in enumerate(tasks[:count]):
+        s = int(rollouts.sequences.group_cu[p])
+        samples.append(Sample(task.prompt, tokenizer.decode(rollouts.sequences.response(s).tolist()), task.answer,
+                              float(rollouts.reward_S[s]), "stop" if rollouts.finished_S[s] else "length"))
+    return samples
+
+
+def rollout_metrics(rollouts: Rollouts) -> dict[str, float]:
+    """What a step's rollouts were like, on this replica."""
+    sequences = rollouts.sequences
+    reward_PG = rollouts.reward_S.view(sequences.num_prompts, -1)
+    spread_P = reward_PG.amax(1) - reward_PG.amin(1)
+    return {
+        "reward": float(reward_PG.mean()),
+        "reward_std": float(reward_PG.std()) if reward_PG.numel() > 1 else 0.0,
+        "groups_without_spread": float((spread_P == 0).float().mean()),
+        "response_tokens": sequences.response_token_T.numel() / sequences.num_responses,
+        "finished": float(rollouts.finished_S.float().mean()),
+        "rollout_logprob": float(rollouts.rollout_logprob_T.mean()),
+    }

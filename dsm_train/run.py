@@ -1,0 +1,188 @@
+"""A run: everything a stage works with, built from its configuration, with what can be wrong found first."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+
+import torch
+
+from dsm_train.cli import to_yaml, user_errors
+from dsm_train.config import OptimConfig, ParallelConfig, SamplingConfig, StageConfig
+from dsm_train.data import Task, Tokenizer
+from dsm_train.data.source import Tasks, load_tasks, make_tokenizer
+from dsm_train.eval.evaluate import Evaluator
+from dsm_train.megatron import parallel, platform, weights
+from dsm_train.megatron.model import HiddenGPTModel, build_model, padded_vocab, uses_transformer_engine
+from dsm_train.megatron.parallel import Parallel
+from dsm_train.megatron.step import Model, TrainableModel, adam_implementation
+from dsm_train.metrics import Metrics, Progress, Samples, prepare_output
+from dsm_train.report import startup_table
+from dsm_train.rollout.embedded import EmbeddedEngine
+from triton_kernels import implementations
+
+
+@dataclass(frozen=True)
+class Run:
+    """What every stage has at hand."""
+
+    config: StageConfig
+    tasks: Tasks
+    tokenizer: Tokenizer
+    parallel: Parallel
+    metrics: Metrics
+    samples: Samples
+    started: float = field(default_factory=time.perf_counter)
+
+    def chunks(self) -> list[HiddenGPTModel]:
+        """This rank's part of the model, with the run's initial weights."""
+        config = self.config
+        vocab = padded_vocab(self.tokenizer.vocab_size, config.model.vocab_multiple, config.parallel.tp)
+        chunks = build_model(config.model, vocab, self.parallel)
+        if config.run.init is not None:
+            weights.load_weights(config.run.init, chunks, self.parallel)
+        else:
+            weights.initialise(chunks, config.model, config.run.seed, self.parallel)
+        return chunks
+
+    def model(self) -> Model:
+        """A model that is not trained."""
+        return Model(self.config.model, self.tokenizer.vocab_size, self.chunks(), self.parallel)
+
+    def trainable(self, optim: OptimConfig, steps: int) -> TrainableModel:
+        """A model with its optimizer, for `steps` optimizer steps."""
+        return TrainableModel(self.config.model, self.tokenizer.vocab_size, self.chunks(), self.parallel, optim, steps)
+
+    def copy_of(self, model: Model) -> Model:
+        """A frozen copy: the reference model."""
+        copy = self.model()
+        weights.copy_weights(model.chunks, copy.chunks)
+        return copy
+
+    @property
+    def device(self) -> torch.device:
+        """This rank's device."""
+        return platform.device()
+
+    def seconds(self) -> float:
+        """Time since the run started."""
+        return time.perf_counter() - self.started
+
+    def mine(self, tasks: Sequence[Task]) -> list[Task]:
+        """This data-parallel replica's share of a batch."""
+        return list(tasks[self.parallel.dp_rank :: self.parallel.dp_size])
+
+    def total(self, count: int) -> int:
+        """Sum of a replica's count over data-parallel replicas."""
+        return sum(n for n in self.parallel.gather_over_data(count) if isinstance(n, int))
+
+    def average(self, values: dict[str, float]) -> dict[str, float]:
+        """Mean of numbers over all ranks."""
+        total = self.parallel.all_reduce(torch.tensor(list(values.values()), dtype=torch.float64))
+        return dict(zip(values, (total / self.parallel.world_size).tolist(), strict=True))
+
+    def engine(self, model: Model) -> EmbeddedEngine:
+        """The embedded generator on the model's live weights."""
+        return EmbeddedEngine(model, [self.tokenizer.eos_id], self.config.run.seed)
+
+    def evaluator(self, model: Model, sampling: SamplingConfig) -> Evaluator:
+        """Evaluation with the model's live weights."""
+        return Evaluator(self.engine(model), self.tokenizer, self.parallel, sampling, self.config.eval.batch)
+
+    def eval_tasks(self) -> Sequence[Task]:
+        """The held-out tasks that are evaluated while training."""
+        return self.tasks.heldout[: self.config.eval.tasks]
+
+    def progress(self, label: str, total: int) -> Progress:
+        """Live progress, on the main rank."""
+        return Progress(label, total, sys.stderr if self.parallel.is_main else None)
+
+    @property
+    def is_terminal(self) -> bool:
+        """Whether the user reads on a terminal."""
+        return sys.stdout.isatty()
+
+    def say(self, text: str) -> None:
+        """Tell the user, from the main rank."""
+        if self.parallel.is_main:
+            print(text, flush=True)
+
+    def save(self, model: Model) -> None:
+        """Write the weights and the tokenizer to the output folder, from which `run.init` starts another stage."""
+        folder = self.config.run.out / "weights"
+        weights.save_weights(folder, model.chunks, self.config.model, self.parallel)
+        if self.parallel.is_main:
+            self.tokenizer.save(folder)
+
+
+@contextmanager
+def start(config: StageConfig, sampling: SamplingConfig, prog: str) -> Iterator[Run]:
+    """Prepare a run; an error in what the user gave is one line and exit status 2, before anything is trained."""
+    with user_errors(prog):
+        if config.run.init is not None:
+            config = replace(config, model=weights.saved_model(config.run.init, config.model))
+        tasks = load_tasks(config.data)
+        tokenizer = make_tokenizer(config.data, config.run.init, tasks.train)
+        vocab = padded_vocab(tokenizer.vocab_size, config.model.vocab_multiple, config.parallel.tp)
+        parallel.check_layout(config.parallel, config.model, vocab)
+        check_lengths(config, sampling, tasks, tokenizer)
+        uses_transformer_engine(config.model)
+        prepare_output(config.run.out)
+        threads = parallel.set_threads(config.run.threads)
+        layout = parallel.start(config.parallel, config.run.seed)
+    out = config.run.out if layout.is_main else None
+    if out is not None:
+        for name in ("metrics.jsonl", "samples.jsonl"):
+            if (out / name).exists():
+                (out / name).replace(out / f"{name}.old")
+        (out / "config.yaml").write_text(to_yaml(config))
+    run = Run(config, tasks, tokenizer, layout, Metrics(out), Samples(out))
+    run.say(startup_table(served_by(config, layout, threads)))
+    try:
+        yield run
+    finally:
+        run.metrics.close()
+        run.samples.close()
+        parallel.stop()
+
+
+def check_batch(layout: ParallelConfig, name: str, size: int, minibatches: int = 1) -> None:
+    """Raise `ValueError` unless a batch splits evenly over data-parallel replicas and minibatches."""
+    replicas = parallel.world_size() // (layout.tp * layout.pp)
+    if replicas and size % (replicas * minibatches):
+        raise ValueError(f"{name} must be a multiple of data-parallel replicas x minibatches = {replicas} x {minibatches} "
+                         f"= {replicas * minibatches}; got {size}")
+
+
+def check_lengths(config: StageConfig, sampling: SamplingConfig, tasks: Tasks, tokenizer: Tokenizer) -> None:
+    """Raise `ValueError` when a prompt leaves no room for its response, or exceeds a micro-batch."""
+    lengths = [(len(tokenizer.encode(task.prompt)), task) for task in (*tasks.train, *tasks.heldout)]
+    longest, task = max(lengths, key=lambda item: item[0])
+    total, limit = longest + sampling.max_new_tokens, config.model.max_length
+    if total > limit:
+        raise ValueError(f"the prompt of task {task.id} has {longest} tokens, and with sampling.max_new_tokens = "
+                         f"{sampling.max_new_tokens} exceeds model.max_length = {limit}: {task.prompt[:60]!r}...")
+    if total > config.run.max_tokens:
+        raise ValueError(f"run.max_tokens = {config.run.max_tokens} is less than the longest prompt ({longest} tokens) "
+                         f"plus sampling.max_new_tokens = {sampling.max_new_tokens}")
+
+
+def served_by(config: StageConfig, layout: Parallel, threads: int) -> list[tuple[str, str]]:
+    """What serves each op and layer in this run."""
+    device = platform.device()
+    ops = [(op, by[device.type]) for op, by in implementations().items()]
+    engine = uses_transformer_engine(config.model)
+    place = f"{layout.world_size} rank(s): tp {config.parallel.tp}, pp {config.parallel.pp}, dp {layout.dp_size}"
+    return [
+        ("device", f"{device}, {config.model.dtype}, {threads} thread(s)"),
+        ("layout", place),
+        ("transformer layers", "Transformer Engine" if engine else "megatron-core, local"),
+        ("core attention", "dsm packed_attention"),
+        ("norms", "Transformer Engine" if engine else "PyTorch rms_norm"),
+        ("optimizer", adam_implementation()),
+        ("rollouts", "embedded generator"),
+        *[(f"op {name}", by) for name, by in ops],
+    ]

@@ -1,0 +1,138 @@
+"""Generated tasks: right, varied, reproducible, and never on both sides of the split."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+
+import pytest
+
+from dsm_train.data.arithmetic import KINDS, arithmetic_tasks
+from dsm_train.data.tasks import Task
+from dsm_train.rewards import numeric_reward
+
+ALL = [*arithmetic_tasks(KINDS, "train"), *arithmetic_tasks(KINDS, "heldout")]
+
+
+def operands(task: Task) -> tuple[int, int]:
+    """The two numbers of a prompt, ascending."""
+    low, high = sorted(map(int, re.findall(r"\d+", task.prompt)))
+    return low, high
+
+
+# sub alone has exactly the 100 differences 0..99, and a tenth of 800 products has fewer than 100 tasks
+@pytest.mark.parametrize("kinds", [("add",), ("word",), ("sub", "word"), KINDS])
+@pytest.mark.parametrize("split", ["train", "heldout"])
+def test_answers_are_many_and_none_is_frequent(kinds: tuple[str, ...], split: str) -> None:
+    tasks = arithmetic_tasks(kinds, split)
+    counts = Counter(task.answer for task in tasks)
+    assert len(counts) >= 100
+    assert max(counts.values()) <= 0.05 * len(tasks)
+
+
+@pytest.mark.parametrize("kind", ["sub", "mul"])
+@pytest.mark.parametrize("split", ["train", "heldout"])
+def test_no_answer_of_a_small_kind_is_frequent(kind: str, split: str) -> None:
+    tasks = arithmetic_tasks([kind], split)
+    assert max(Counter(task.answer for task in tasks).values()) <= 0.05 * len(tasks)
+
+
+def test_no_pair_of_operands_is_on_both_sides() -> None:
+    # across kinds, seeds and numbers of digits: each side is drawn with its own arguments
+    train = {operands(task) for task in arithmetic_tasks(KINDS, "train", seed=1)}
+    heldout = {operands(task) for task in arithmetic_tasks(["sub"], "heldout", seed=2, digits=3)}
+    heldout |= {operands(task) for task in arithmetic_tasks(KINDS, "heldout", seed=3)}
+    assert train and heldout
+    assert not train & heldout
+    assert 0.08 < len(heldout & {(a, b) for b in range(100) for a in range(b + 1)}) / 5050 < 0.12
+
+
+def test_both_splits_together_are_everything_once() -> None:
+    assert len({task.id for task in ALL}) == len({task.prompt for task in ALL}) == len(ALL)
+    bare = {task.prompt for task in ALL if task.prompt.endswith("=")}
+    sums = {f"{a}+{b}=" for a in range(100) for b in range(100)}
+    differences = {f"{a}-{b}=" for a in range(100) for b in range(a + 1)}
+    products = {f"{a}*{b}=" for a in range(100) for b in range(2, 10)}
+    assert bare == sums | differences | products
+    assert len({re.sub(r"\d+", "", task.prompt) for task in ALL} - {"+=", "-=", "*="}) >= 8
+
+
+def test_answers_are_right() -> None:
+    for task in ALL:
+        if task.prompt.endswith("="):
+            a, operator, b = re.fullmatch(r"(\d+)(.)(\d+)=", task.prompt).groups()  # type: ignore[union-attr]
+            assert int(task.answer) == {"+": int(a) + int(b), "-": int(a) - int(b), "*": int(a) * int(b)}[operator]
+        else:
+            low, high = operands(task)
+            assert int(task.answer) in (low + high, high - low)
+        assert task.solution == task.answer
+
+
+# three digits borrow twice in a row; sums of three digits carry as those of two do, and are a million
+@pytest.mark.parametrize(("kinds", "digits"), [(KINDS, 2), (("sub", "mul"), 3)])
+def test_every_line_of_the_steps_is_true_and_they_end_in_the_answer(kinds: tuple[str, ...], digits: int) -> None:
+    for task in arithmetic_tasks(kinds, "heldout", count=200, style="steps", digits=digits):
+        assert task.solution is not None
+        _, *lines, last = task.solution.split("\n")
+        assert last == f"#### {task.answer}"
+        for line in lines:
+            left, right = line.split("=")
+            assert re.fullmatch(r"[\d+*-]+", left)
+            assert eval(left) == int(right)  # noqa: S307
+        assert numeric_reward(task.solution, task.answer) == 1.0
+
+
+@pytest.mark.parametrize(
+    ("kind", "expected"),
+    [
+        ("add", [("69+52=", "\n9+2=11\n6+5+1=12\n#### 121"), ("7+51=", "\n7+1=8\n0+5=5\n#### 58")]),
+        ("sub", [("82-77=", "\n12-7=5\n8-7-1=0\n#### 5"), ("26-19=", "\n16-9=7\n2-1-1=0\n#### 7")]),
+        ("mul", [("54*3=", "\n4*3=12\n50*3=150\n12+150=162\n#### 162"), ("6*2=", "\n6*2=12\n#### 12")]),
+    ],
+)
+def test_the_same_tasks_on_every_machine(kind: str, expected: list[tuple[str, str]]) -> None:
+    tasks = arithmetic_tasks([kind], "train", count=3, style="steps")
+    assert [(task.prompt, task.solution) for task in tasks[:2]] == expected
+
+
+def test_seed_draws_and_ids_stay() -> None:
+    first, again, other = (arithmetic_tasks(KINDS, "train", count=200, seed=seed) for seed in (5, 5, 6))
+    assert first == again
+    assert first != other
+    prompt_by_id = {task.id: task.prompt for task in ALL}
+    assert all(prompt_by_id[task.id] == task.prompt for task in first)
+
+
+def test_count_is_shared_evenly_and_small_kinds_give_what_they_have() -> None:
+    def kinds(count: int) -> Counter[str]:
+        tasks = arithmetic_tasks(["word", "mul", "add"], "heldout", count=count)
+        return Counter("word" if "?" in task.prompt else task.prompt.strip("0123456789=") for task in tasks)
+
+    products = len(arithmetic_tasks(["mul"], "heldout"))
+    assert kinds(30) == {"word": 10, "*": 10, "+": 10}
+    assert kinds(products + 1000) == {"word": 500, "*": products, "+": 500}
+
+
+def test_too_many_names_how_many_there_are() -> None:
+    available = len(arithmetic_tasks(["add"], "heldout"))
+    assert len(arithmetic_tasks(["add"], "heldout", count=available)) == available
+    with pytest.raises(ValueError, match=f"1 to {available}.*got {available + 1}"):
+        arithmetic_tasks(["add"], "heldout", count=available + 1)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"kinds": ["divide"]}, "kinds must.*add, sub, mul, word.*divide"),
+        ({"kinds": []}, "kinds must"),
+        ({"kinds": ["add", "add"]}, "different"),
+        ({"kinds": "add"}, "must be a list"),
+        ({"split": "test"}, "train, heldout.*'test'"),
+        ({"style": "cot"}, "answer, steps.*'cot'"),
+        ({"digits": 1}, "2 or 3, got 1"),
+        ({"count": 0}, "got 0"),
+    ],
+)
+def test_bad_arguments_are_named(arguments: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        arithmetic_tasks(**({"kinds": ["add"], "split": "train"} | arguments))  # type: ignore[arg-type]

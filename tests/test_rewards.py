@@ -1,0 +1,217 @@
+"""Rewards: exact, hard to fool, and safe on any text."""
+
+from __future__ import annotations
+
+import random
+import time
+from fractions import Fraction
+
+import pytest
+
+from dsm_train.rewards import RewardConfig, extract_number, format_reward, numeric_reward, parse_number, reward
+
+
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [
+        # 1. "####" comes first, the last one counts, headings are none
+        ("\\boxed{9} the answer is 8\n#### 72\nwell, 5", 72),
+        ("#### 1\n#### 2", 2),
+        ("40+32=72 #### 72", 72),
+        ("#### $1,234.50", Fraction("1234.5")),
+        ("#### 85 apples.", 85),
+        ("#### **-85**", -85),
+        ("#### Step 1\nthe sum\n#### 2. Add them\n\\boxed{9}", 9),
+        ("##### 5\nso 6", 6),
+        ("stopped at 85\n####", 85),
+        # 2. \boxed, braces balanced
+        ("\\boxed{1} and \\boxed{\\frac{1}{2}} of 7", "1/2"),
+        ("\\boxed{-\\dfrac12}", "-1/2"),
+        ("$\\boxed{72\\text{ dollars}}$", 72),
+        ("\\boxed{1\\,234} \\text{km}", 1234),
+        ("\\boxed{1{,}234{,}567}", 1234567),
+        ("\\boxed{14.3\\%}", "14.3"),
+        ("\\boxed{5\\text{ cm}^2}", 5),
+        ("\\boxed{90^\\circ}", 90),
+        ("\\boxed{\\boxed{5}}", 5),
+        # 3. "answer is"
+        ("The answer is 5. No: the answer is: **85**, since 40+45 is 85 and not 7", 85),
+        ("The final Answer is \\$18.", 18),
+        # 4. the last number
+        ("47+38=85", 85),
+        ("x = - 3", -3),
+        ("cost \N{MINUS SIGN}5", -5),
+        ("he owes -$5", -5),
+        ("he owes $-5.00", -5),
+        ("- 3 apples", 3),
+        ("$7200/year", 7200),
+        ("7 dozen eggs", 7),
+        ("about .5", "1/2"),
+        ("3/4", "3/4"),
+        ("3.0 kg (H2O)", 3),
+        ("共85个。", 85),
+        ("1.5e3", 1500),
+        ("2e-3", "0.002"),
+        ("007", 7),
+        ("9" * 100, int("9" * 100)),
+    ],
+)
+def test_the_number_a_text_states(text: str, number: int | str | Fraction) -> None:
+    assert extract_number(text) == Fraction(number)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "no number",
+        # something that is stated, and is not one number
+        "#### 1, 2",
+        "#### 1/0",
+        "#### 85 or 86",
+        "#### 72 = 6*12",
+        "72 \\boxed{x+1}",
+        "72 \\boxed{7",
+        "72 \\boxed{(1,2)}",
+        "72. The answer is 1, 2 and 3",
+        "the answer is 2 million",
+        # shapes that hold digits and are no number
+        "it costs 2 million",
+        "at 12:30",
+        "on 1/2/2024",
+        "version 3.2.1",
+        "1,2",
+        "0,125",
+        "1.234,5",
+        "1234,567",
+        "10^3",
+        "10²",
+        "1 1/2",
+        "1\\frac{1}{2}",
+        "85 85",
+        "pages 5-7",
+        "6*7",
+        "6 * 7",
+        "a 5-year-old",
+        "H2O",
+        "x_2",
+        "0x1F",
+        "\uff18\uff15",  # full-width digits
+        # absurd sizes
+        "9" * 101,
+        "#### " + "9" * 5000,
+        "1e999999999",
+        "1e-101",
+        "1/" + "9" * 5000,
+    ],
+)
+def test_a_text_that_states_no_number(text: str) -> None:
+    assert extract_number(text) is None
+    assert numeric_reward(text, "72") == 0.0
+
+
+@pytest.mark.parametrize(
+    ("response", "answer", "expected"),
+    [
+        ("#### 0.50", "1/2", 1.0),
+        ("#### 1,200.00", "1200", 1.0),
+        ("#### $18", "18", 1.0),
+        ("#### 50%", "50", 1.0),
+        # near is not equal, and no factor of 100 is forgiven
+        ("#### 0.3333333333333333", "1/3", 0.0),
+        ("#### 50%", "0.5", 0.0),
+        ("#### 500", "5", 0.0),
+        ("#### -5", "5", 0.0),
+        (f"#### {2**60 + 1}", str(2**60), 0.0),  # equal as floats
+    ],
+)
+def test_equal_means_equal_as_rational_numbers(response: str, answer: str, expected: float) -> None:
+    assert numeric_reward(response, answer) == expected
+
+
+@pytest.mark.parametrize("answer", ["", "seventy", "1,2", "12:30", "#### 5"])
+def test_a_gold_answer_that_is_no_number_is_an_error(answer: str) -> None:
+    assert parse_number(answer) is None
+    with pytest.raises(ValueError, match="gold answer must be a number"):
+        numeric_reward("#### 5", answer)
+
+
+def test_random_text_never_raises() -> None:
+    rng = random.Random(0)
+    pieces = [
+        *"0123456789.,:/^%+-*×$€{}()[]\\_# \n\t²½é数\ud800\x00",
+        "####",
+        "#### ",
+        "\\boxed{",
+        "\\frac",
+        "\\frac{1}",
+    ]
+    pieces += ["{2}", "\\text{", "\\,", "\\!", "answer is ", "million", "e9", "e999", "1,000", "apples", "\\circ"]
+    found = 0
+    for _ in range(10_000):
+        text = "".join(rng.choices(pieces, k=rng.randrange(30)))
+        number = extract_number(text)
+        found += number is not None
+        assert number is None or extract_number(f"#### {number}") == number or len(str(number)) > 100
+        assert format_reward(text) in (0.0, 1.0)
+    assert found > 1000
+
+
+# what each of the patterns could be made to scan again and again
+@pytest.mark.parametrize(
+    "piece",
+    ["answer is ", "answer is 1 ", "#### ", "\\frac{", "\\frac{1}{", "\\boxed{", "\\text{", "1", "1,", "1 ", "1 - "]
+    + ["-", "$", " ", "*", ". ", "a", "1 million", "####1 \n", "= -", "{"],
+)
+@pytest.mark.parametrize("frame", ["{}", "answer is{}", "####{}", "answer is 1{}x", "\\frac{}", "1{}"])
+def test_time_is_linear_in_the_length(frame: str, piece: str) -> None:
+    text = frame.replace("{}", piece * (20_000 // len(piece)))
+    start = time.process_time()
+    extract_number(text)
+    format_reward(text)
+    assert time.process_time() - start < 0.5  # a quadratic scan of 20,000 characters takes seconds
+
+
+@pytest.mark.parametrize(
+    ("response", "expected"),
+    [
+        ("7+8=15\n#### 85", 1.0),
+        ("#### -1,234.5\n\n", 1.0),
+        ("#### 1/2", 1.0),
+        ("85", 0.0),
+        ("#### 85 apples", 0.0),
+        ("####85", 0.0),
+        ("so #### 85", 0.0),
+        ("#### 85\nand so on", 0.0),
+        ("#### 84\n#### 85", 0.0),
+        ("or #### 84?\n#### 85", 0.0),
+        ("#### 1,2", 0.0),
+        ("####", 0.0),
+        ("", 0.0),
+    ],
+)
+def test_format_is_one_answer_on_the_last_line(response: str, expected: float) -> None:
+    assert format_reward(response) == expected
+
+
+def test_format_pattern_can_be_given() -> None:
+    pattern = r"<answer>[^<]+</answer>"
+    assert format_reward("<think>x</think>\n<answer>5</answer>", pattern) == 1.0
+    assert format_reward("<answer>4</answer>\n<answer>5</answer>", pattern) == 0.0
+    assert format_reward("#### 5", pattern) == 0.0
+
+
+@pytest.mark.parametrize(
+    ("response", "numeric", "form"),
+    [("#### 72", 1, 1), ("72", 1, 0), ("#### 71", 0, 1), ("71", 0, 0)],
+)
+def test_reward_is_the_weighted_sum(response: str, numeric: int, form: int) -> None:
+    assert reward(response, "72", RewardConfig()) == numeric
+    assert reward(response, "72", RewardConfig(numeric=2.0, format=0.5)) == 2.0 * numeric + 0.5 * form
+    assert reward(response, "72", RewardConfig(numeric=0.0, format=0.5)) == 0.5 * form
+
+
+@pytest.mark.parametrize("weights", [(-1.0, 1.0), (float("nan"), 0.0), (1.0, float("inf")), (0.0, 0.0)])
+def test_weights_that_teach_nothing_are_refused(weights: tuple[float, float]) -> None:
+    with pytest.raises(ValueError, match="reward.*(at least 0|both 0)"):
+        RewardConfig(*weights)

@@ -1,0 +1,132 @@
+"""Tokenizers: exact round trips, the same ids after saving, and special tokens that text cannot forge."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+
+import pytest
+
+from dsm_train.data.arithmetic import arithmetic_tasks
+from dsm_train.data.tokenizer import EOS, PAD, Tokenizer, load_tokenizer, train_tokenizer
+
+TEXTS = [f"{task.prompt}{task.solution}" for task in arithmetic_tasks(["word"], "train", count=300, style="steps")]
+HARD_TEXTS = [
+    "",
+    " ",
+    "  two  spaces \n\n\t tab\r\n",
+    "don't can 't , . !",
+    "é ü 数学 ٣ ½ 🎲👩‍👩‍👧 \u2028 \x00 \ufeff",
+    "e\u0301 is not é: no normalisation",
+    f"spelled out: {EOS}{PAD}<eos >",
+    "####  85 \\boxed{1,234}",
+]
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    return train_tokenizer(TEXTS, 400)
+
+
+def test_round_trip_is_exact_and_never_gives_special_tokens(tokenizer: Tokenizer) -> None:
+    rng = random.Random(0)
+    characters = [chr(c) for c in range(0x110000) if not 0xD800 <= c < 0xE000]
+    random_texts = ["".join(rng.choices(characters, k=rng.randrange(40))) for _ in range(300)]
+    for text in [*HARD_TEXTS, *TEXTS, *random_texts]:
+        ids = tokenizer.encode(text)
+        assert tokenizer.decode(ids) == text
+        assert not {tokenizer.eos_id, tokenizer.pad_id} & set(ids)
+        assert all(0 <= id < tokenizer.vocab_size for id in ids)
+
+
+def test_special_tokens_are_left_out_of_text(tokenizer: Tokenizer) -> None:
+    assert tokenizer.eos_id != tokenizer.pad_id
+    assert tokenizer.decode([*tokenizer.encode("85"), tokenizer.eos_id, tokenizer.pad_id]) == "85"
+    assert tokenizer.decode(tokenizer.encode("é")[:1]) == "\ufffd"  # cut inside a character
+
+
+def test_every_digit_is_a_token_and_words_are_merged(tokenizer: Tokenizer) -> None:
+    assert len(tokenizer.encode("1234567890")) == 10
+    assert [tokenizer.decode([id]) for id in tokenizer.encode("47+38=85")] == list("47+38=85")
+    assert len(tokenizer.encode(" apples")) < len(" apples")
+
+
+def test_training_is_deterministic_and_bounded(tokenizer: Tokenizer) -> None:
+    again = train_tokenizer(iter(TEXTS), 400)
+    assert again.vocab_size == tokenizer.vocab_size == 400
+    assert all(again.encode(text) == tokenizer.encode(text) for text in TEXTS)
+    assert train_tokenizer(["ab"], 258).vocab_size == 258
+    assert train_tokenizer(["ab ab"], 1000).vocab_size < 270  # few texts, few merges
+    with pytest.raises(ValueError, match="at least 258.*got 257"):
+        train_tokenizer(TEXTS, 257)
+
+
+def test_saved_folder_and_file_give_the_same_ids(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    tokenizer.save(tmp_path / "new" / "folder")
+    for path in (tmp_path / "new" / "folder", tmp_path / "new" / "folder" / "tokenizer.json"):
+        loaded = load_tokenizer(path)
+        assert (loaded.eos_id, loaded.pad_id, loaded.vocab_size) == (
+            tokenizer.eos_id,
+            tokenizer.pad_id,
+            tokenizer.vocab_size,
+        )
+        for text in [*HARD_TEXTS, *TEXTS]:
+            assert loaded.encode(text) == tokenizer.encode(text)
+            assert loaded.decode(loaded.encode(text)) == text
+
+
+def test_transformers_reads_our_folder_and_we_read_its(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    tokenizer.save(tmp_path / "ours")
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "ours", local_files_only=True)
+    assert (theirs.eos_token_id, theirs.pad_token_id) == (tokenizer.eos_id, tokenizer.pad_id)
+    theirs.chat_template = "{{ messages }}"
+    theirs.save_pretrained(tmp_path / "theirs")
+
+    loaded = load_tokenizer(tmp_path / "theirs")
+    assert (loaded.eos_id, loaded.pad_id, loaded.vocab_size) == (
+        tokenizer.eos_id,
+        tokenizer.pad_id,
+        tokenizer.vocab_size,
+    )
+    for text in TEXTS:
+        assert loaded.encode(text) == theirs.encode(text, add_special_tokens=False) == tokenizer.encode(text)
+        assert loaded.decode(loaded.encode(text)) == text
+    assert loaded.encode(EOS) == [tokenizer.eos_id]  # prompt templates are written with special tokens
+    loaded.save(tmp_path / "again")  # nothing that came with it is lost
+    again = transformers.AutoTokenizer.from_pretrained(tmp_path / "again", local_files_only=True)
+    assert again.chat_template == "{{ messages }}"
+
+
+def test_pad_falls_back_to_eos_and_gaps_in_the_ids_count(tmp_path: Path) -> None:
+    path = tmp_path / "tokenizer.json"
+    model = {"type": "WordLevel", "vocab": {"</s>": 0, "a": 9}, "unk_token": "</s>"}
+    path.write_text(json.dumps({"version": "1.0", "added_tokens": [], "model": model}))
+    loaded = load_tokenizer(path, eos_token="</s>")
+    assert (loaded.eos_id, loaded.pad_id, loaded.vocab_size) == (0, 0, 10)
+    with pytest.raises(ValueError, match="no end token '<eos>'"):
+        load_tokenizer(path)
+
+
+def test_a_folder_without_an_end_token_is_refused(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    tokenizer.save(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast"}))
+    with pytest.raises(ValueError, match="has no eos token: set eos_token"):
+        load_tokenizer(tmp_path)
+    assert load_tokenizer(tmp_path, eos_token=EOS).eos_id == tokenizer.eos_id
+
+
+def test_where_there_is_no_tokenizer(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="no tokenizer at.*nowhere"):
+        load_tokenizer(tmp_path / "nowhere")
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(ValueError, match="cannot be read"):
+        load_tokenizer(tmp_path / "tokenizer.json")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="no tokenizer could be loaded"):
+        load_tokenizer(tmp_path / "empty")
+    (tmp_path / "tokenizer_config.json").write_text("{")
+    with pytest.raises(ValueError, match="tokenizer_config.json is not JSON"):
+        load_tokenizer(tmp_path)

@@ -1,0 +1,32 @@
+"""The ops of dsm: usable on their own, without the trainer and without Megatron."""
+
+from triton_kernels._common import LossOutput, LossStats
+from triton_kernels._register import implementations, load_cpp
+from triton_kernels.group_advantage import group_advantage
+from triton_kernels.group_grpo_loss import group_grpo_loss
+from triton_kernels.grpo_loss import grpo_loss
+from triton_kernels.linear_grpo_loss import LinearGrpoLoss, linear_grpo_loss
+from triton_kernels.linear_logprob import LinearLogprob, linear_logprob
+from triton_kernels.objective import Objective
+from triton_kernels.packed_attention import packed_attention
+from triton_kernels.packed_layout import PackedLayout
+from triton_kernels.token_kl import token_kl
+
+load_cpp()
+
+__all__ = [
+    "LinearGrpoLoss",
+    "LinearLogprob",
+    "LossOutput",
+    "LossStats",
+    "Objective",
+    "PackedLayout",
+    "group_advantage",
+    "group_grpo_loss",
+    "grpo_loss",
+    "implementations",
+    "linear_grpo_loss",
+    "linear_logprob",
+    "packed_attention",
+    "token_kl",
+]

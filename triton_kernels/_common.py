@@ -1,0 +1,111 @@
+"""What every op file shares: offsets, the statistics record, and which implementation serves what.
+
+T loss rows, S responses, P prompts (groups).
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+INTERPRET = os.environ.get("TRITON_INTERPRET", "0") == "1"
+"""Set before import: the Triton kernels serve CPU tensors through Triton's interpreter."""
+
+SUMS = ("tokens", "weight", "kl", "log_ratio", "ratio", "clipped_low", "clipped_high", "entropy")
+MAXIMA = ("ratio",)
+MINIMA = ("ratio",)
+
+
+@dataclass(frozen=True)
+class LossStats:
+    """Statistics of the rows with weight != 0, detached; reduce `sums` by sum, `maxima` by max, `minima` by min.
+
+    sums: [8] in the order of `SUMS`: rows, sum of weights, KL, old - new log-probability, ratio, rows clipped below
+    (ratio < 1 - clip_low, A < 0) and above, entropy (0 where the op has none). maxima [1], minima [1]: of the ratio;
+    -inf and +inf when there is no row.
+    """
+
+    sums: Tensor
+    maxima: Tensor
+    minima: Tensor
+
+    @staticmethod
+    def from_packed(stats: Tensor) -> LossStats:
+        """From one tensor [sums | maxima | minima], as the registered ops return it."""
+        return LossStats(*stats.split([len(SUMS), len(MAXIMA), len(MINIMA)]))
+
+    @staticmethod
+    def of(**sums: Tensor) -> LossStats:
+        """Statistics that are sums alone, by name; the others are 0."""
+        zero = next(iter(sums.values())).new_zeros(())
+        infinity = zero.new_full((1,), float("inf"))
+        return LossStats(torch.stack([sums.get(name, zero) for name in SUMS]).detach(), -infinity, infinity)
+
+    def mean(self, name: str) -> Tensor:
+        """Mean over rows of the sum called `name`; 0 when there is no row."""
+        return self.sums[SUMS.index(name)] / self.sums[SUMS.index("tokens")].clamp(min=1)
+
+
+@dataclass(frozen=True)
+class LossOutput:
+    """loss: scalar, differentiable. stats: see `LossStats`."""
+
+    loss: Tensor
+    stats: LossStats
+
+
+def at_least_fp32(x: Tensor) -> Tensor:
+    """fp64 stays fp64 (the oracle's dtype); everything else computes in fp32."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def check_offsets(name: str, cu: Tensor, device: torch.device) -> None:
+    """Raise `ValueError` unless `cu` is a 1-D int32 tensor of offsets on `device`.
+
+    The values (first 0, non-decreasing, last the total) are checked on the CPU, where looking costs no
+    synchronisation; on a GPU they are the caller's promise.
+    """
+    if cu.dtype != torch.int32 or cu.dim() != 1 or cu.numel() == 0:
+        raise ValueError(f"{name} must be int32 offsets [n + 1]; got {cu.dtype} {tuple(cu.shape)}")
+    if cu.device != device:
+        raise ValueError(f"{name} must be on {device} like the other inputs; got {cu.device}")
+
+
+def check_offset_values(name: str, cu: Tensor, total: int) -> None:
+    """On the CPU, raise `ValueError` unless offsets start at 0, never decrease and end at `total`."""
+    if cu.device.type != "cpu" or torch.compiler.is_compiling() or isinstance(cu, torch._subclasses.FakeTensor):
+        return
+    if int(cu[0]) != 0 or int(cu[-1]) != total or bool((cu[1:] < cu[:-1]).any()):
+        raise ValueError(f"{name} must start at 0, never decrease and end at {total}; got {cu.tolist()[:8]}...{int(cu[-1])}")
+
+
+def segment_ids(cu: Tensor, total: int) -> Tensor:
+    """Segment of each of `total` elements, int64: offsets [0, 2, 2, 5] give [0, 0, 2, 2, 2]."""
+    return torch.searchsorted(cu[1:].contiguous(), torch.arange(total, device=cu.device, dtype=cu.dtype), right=True)
+
+
+def segment_sum(x_T: Tensor, segment_T: Tensor, num_segments: int) -> Tensor:
+    """Sum of the elements of each segment, differentiable."""
+    return x_T.new_zeros(num_segments).index_add(0, segment_T, x_T)
+
+
+def pack_stats(
+    weight_T: Tensor,
+    kl_T: Tensor,
+    log_ratio_T: Tensor,
+    ratio_T: Tensor,
+    clipped_low_T: Tensor,
+    clipped_high_T: Tensor,
+    entropy_T: Tensor,
+) -> Tensor:
+    """[sums | maxima | minima] of `LossStats` from its rows; rows of weight 0 are left out. log_ratio is old - new."""
+    present_T = weight_T != 0
+    columns = (present_T, weight_T, kl_T, log_ratio_T, ratio_T, clipped_low_T, clipped_high_T, entropy_T)
+    sums = torch.stack([torch.where(present_T, x_T, 0).sum(dtype=ratio_T.dtype) for x_T in columns])
+    infinity = ratio_T.new_full((1,), torch.inf)
+    maximum = torch.cat([torch.where(present_T, ratio_T, -torch.inf), -infinity]).amax(0, keepdim=True)
+    minimum = torch.cat([torch.where(present_T, ratio_T, torch.inf), infinity]).amin(0, keepdim=True)
+    return torch.cat([sums, maximum, minimum]).detach()

@@ -1,0 +1,112 @@
+"""How an op joins PyTorch's dispatcher, which is the only registry, and how to read it back.
+
+`torch.library.custom_op` registers the plain PyTorch reference as the default of every device. C++ (csrc) overrides it
+on the CPU when it is built; `register_triton` overrides it on CUDA, and on the CPU when `TRITON_INTERPRET=1`.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.library import CustomOpDef
+
+from triton_kernels._common import INTERPRET
+from triton_kernels._triton import HAS_TRITON, LAUNCH_OPTIONS
+
+
+@dataclass(frozen=True)
+class Shipped:
+    """One specialisation of a Triton kernel that an op launches, to be compiled ahead of time.
+
+    signature: Triton type of each argument ("*fp32", "i32", ...). constants: the value of each constexpr, and None for
+    each tensor that is absent. options: of the launch.
+    """
+
+    kernel: Any
+    signature: dict[str, str]
+    constants: dict[str, object]
+    options: dict[str, int] = field(default_factory=lambda: LAUNCH_OPTIONS)
+
+
+OPS: dict[str, CustomOpDef] = {}
+"""Every registered op by its name without the namespace."""
+
+
+def custom_op(name: str, reference: Callable[..., Any]) -> CustomOpDef:
+    """Register `reference` as `dsm::name`."""
+    OPS[name] = torch.library.custom_op(f"dsm::{name}", reference, mutates_args=())
+    return OPS[name]
+
+
+def register_triton(op: CustomOpDef, launch: Callable[..., Any]) -> None:
+    """Let `launch` serve CUDA tensors; with `TRITON_INTERPRET=1` also CPU tensors."""
+    if HAS_TRITON or INTERPRET:
+        op.register_kernel("cuda")(launch)
+    if INTERPRET:
+        op.register_kernel("cpu")(launch)
+
+
+def register_saved_gradient(op: CustomOpDef) -> None:
+    """Autograd of an op (x, ...) -> (value, dvalue/dx, ...): backward multiplies what the forward pass has saved.
+
+    The product is taken in the dtype of the saved gradient and on its device, so there is no synchronisation. `value`
+    is a scalar or has the shape of x. Only x, the first input, receives a gradient.
+    """
+
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(output[1])
+        ctx.dtype, ctx.num_inputs = inputs[0].dtype, len(inputs)
+
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+        dx = None if grad is None else (grad * ctx.saved_tensors[0]).to(ctx.dtype)
+        return dx, *[None] * (ctx.num_inputs - 1)
+
+    op.register_autograd(backward, setup_context=setup_context)
+
+
+@contextmanager
+def autograd_inside_op() -> Iterator[None]:
+    """Let a reference differentiate by autograd inside an op, where the dispatcher has switched autograd off."""
+    key = torch._C.DispatchKey
+    with (
+        torch._C._SetExcludeDispatchKeyGuard(key.AutogradFunctionality, False),
+        torch._C._SetExcludeDispatchKeyGuard(key.ADInplaceOrView, False),
+        torch.enable_grad(),
+    ):
+        yield
+
+
+def load_cpp() -> None:
+    """Load csrc if it was built. Under `TRITON_INTERPRET=1` the Triton kernels serve the CPU instead."""
+    if not INTERPRET and importlib.util.find_spec("triton_kernels._C") is not None:
+        importlib.import_module("triton_kernels._C")
+
+
+def implementations() -> dict[str, dict[str, str]]:
+    """For each op and device ("cpu", "cuda") what serves it, read off the dispatcher.
+
+    "C++", "Triton", "Triton (interpreter)" or "PyTorch reference". fp64 tensors go to the reference wherever Triton
+    serves.
+    """
+    return {name: {device: _implementation(name, device) for device in ("cpu", "cuda")} for name in OPS}
+
+
+def _implementation(name: str, device: str) -> str:
+    if not torch._C._dispatch_has_kernel_for_dispatch_key(f"dsm::{name}", device.upper()):
+        return "PyTorch reference"
+    registrations = torch._C._dispatch_dump(f"dsm::{name}").splitlines()
+    kernel = next(line for line in registrations if line.startswith(f"{device.upper()}:"))
+    if ".cpp" in kernel:
+        return "C++"
+    return "Triton (interpreter)" if INTERPRET else "Triton"
