@@ -10,6 +10,7 @@ from triton_kernels.linear_logprob import LinearLogprob, linear_logprob
 from triton_kernels.objective import Objective
 from triton_kernels.packed_attention import packed_attention
 from triton_kernels.packed_layout import PackedLayout
+from triton_kernels.process_advantage import process_advantage
 from triton_kernels.token_kl import token_kl
 
 load_cpp()
@@ -28,5 +29,6 @@ __all__ = [
     "linear_grpo_loss",
     "linear_logprob",
     "packed_attention",
+    "process_advantage",
     "token_kl",
 ]

@@ -122,7 +122,7 @@ def policy_loss(
     dual_clip: float | None,
     delta: float | None,
 ) -> tuple[Tensor, Tensor]:
-    """(loss, stats_N) in plain PyTorch, differentiable by autograd in `logprob_T`."""
+    """(loss, stats_N) in plain PyTorch, differentiable by autograd in `logprob_T` and `weight_T`."""
     present_T = weight_T != 0
     dtype = at_least_fp32(logprob_T).dtype
 
@@ -130,7 +130,7 @@ def policy_loss(
         """Garbage in absent rows must go before any arithmetic: 0 * inf is NaN."""
         return torch.where(present_T, x_T, 0).to(dtype)
 
-    logprob_T, advantage_T, weight_T = rows(logprob_T), rows(advantage_T).detach(), rows(weight_T).detach()
+    logprob_T, advantage_T, weight_T = rows(logprob_T), rows(advantage_T).detach(), rows(weight_T)
     old_logprob_T = logprob_T.detach() if old_logprob_T is None else rows(old_logprob_T).detach()
     row_log_ratio_T = log_ratio_T = logprob_T - old_logprob_T
     if ratio == "sequence":

@@ -1,0 +1,27 @@
+"""Fixtures of all tests. Tests marked `gpu` skip visibly without one; `no_interpret` under TRITON_INTERPRET=1."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "gpu: needs a CUDA GPU")
+    config.addinivalue_line("markers", "no_interpret: does not run under TRITON_INTERPRET=1")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if "gpu" in item.keywords and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="no CUDA GPU"))
+        if "no_interpret" in item.keywords and os.environ.get("TRITON_INTERPRET") == "1":
+            item.add_marker(pytest.mark.skip(reason="not under TRITON_INTERPRET=1"))
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request: pytest.FixtureRequest) -> torch.device:
+    """Each device that an op serves."""
+    return torch.device(request.param)
