@@ -74,19 +74,40 @@ def token_rows(rollouts: Rollouts, algo: Algorithm, config: GrpoConfig, parallel
 
     Outcome supervision (section 4.1.2): every token of a response has the response's group-relative reward as advantage.
     """
-    replicas = [value for value in parallel.gather_over_data(rollouts.reward_S) if isinstance(value, Tensor)]
-    group_cu = torch.arange(0, sum(r.numel() for r in replicas) + 1, config.algorithm.group_size, dtype=torch.int32)
-    advantage = group_advantage(torch.cat(replicas), group_cu, algo.scale)
-    advantage_S = advantage.split([r.numel() for r in replicas])[parallel.dp_rank]
+    advantage_S = _advantages(rollouts.reward_S, algo.scale, config.algorithm.group_size, parallel)
     groups = rollouts.sequences.num_prompts // config.algorithm.minibatches
     parts = []
     for first in range(0, rollouts.sequences.num_prompts, groups):
         part, span_S, span_T = rollouts.sequences.groups(first, first + groups)
         num_tokens = sum(n for n in parallel.gather_over_data(part.response_token_T.numel()) if isinstance(n, int))
-        weight_T = token_weights(part.response_cu, algo.average, part.num_responses * parallel.dp_size, num_tokens,
-                                 config.sampling.max_new_tokens)
-        advantage_T = advantage_S[span_S].repeat_interleave(part.response_cu.diff().long())
-        old_T, ref_T = rollouts.old_logprob_T, rollouts.ref_logprob_T
-        parts.append((part, Rows(weight_T, advantage_T, old_T if old_T is None else old_T[span_T],
-                                 ref_T if ref_T is None else ref_T[span_T])))
+        rows = Rows(
+            token_weights(part.response_cu, algo.average, part.num_responses * parallel.dp_size, num_tokens,
+                          config.sampling.max_new_tokens),
+            advantage_S[span_S].repeat_interleave(part.response_cu.diff().long()),
+            None if rollouts.old_logprob_T is None else rollouts.old_logprob_T[span_T],
+            None if rollouts.ref_logprob_T is None else rollouts.ref_logprob_T[span_T],
+        )
+        parts.append(without_idle(part, rows, advantage_S[span_S], algo.objective))
     return parts
+
+
+def without_idle(part: Sequences, rows: Rows, advantage_S: Tensor, objective: Objective) -> tuple[Sequences, Rows]:
+    """Leave out responses that cannot move the policy, for nothing is computed of them: no advantage, and no KL.
+
+    The weights were normalised with them, so the gradient is the same. One stays when all are idle: the collectives of
+    an optimizer step need every rank.
+    """
+    keep_S = advantage_S != 0
+    if objective.kl_coef > 0 or objective.entropy_coef != 0 or bool(keep_S.all()):
+        return part, rows
+    if not keep_S.any():
+        keep_S[0] = True
+    kept, keep_T = part.select(keep_S)
+    return kept, rows.take(keep_T, torch.device("cpu"))
+
+
+def _advantages(reward_S: Tensor, scale: Scale, group_size: int, parallel: Parallel) -> Tensor:
+    """Group-relative advantages of this replica's responses; the scale "batch" needs everyone's rewards."""
+    replicas = [value for value in parallel.gather_over_data(reward_S) if isinstance(value, Tensor)]
+    group_cu = torch.arange(0, sum(r.numel() for r in replicas) + 1, group_size, dtype=torch.int32)
+    return group_advantage(torch.cat(replicas), group_cu, scale).split([r.numel() for r in replicas])[parallel.dp_rank]

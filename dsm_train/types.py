@@ -72,6 +72,16 @@ class Sequences:
         )
         return part, span_S, span_T
 
+    def select(self, keep_S: Tensor) -> tuple[Sequences, Tensor]:
+        """The sequences of some responses (mask [S]), and the mask [T] of their tokens; all prompts stay."""
+        length_S = self.response_cu.diff().long()
+        keep_T = keep_S.repeat_interleave(length_S)
+        group_P = torch.zeros(self.num_prompts, dtype=torch.int64)
+        group_P.index_add_(0, self.prompt_of_response_S, keep_S.long())
+        part = Sequences(self.prompt_token, self.prompt_cu, self.response_token_T[keep_T],
+                         offsets(length_S[keep_S].tolist()), offsets(group_P.tolist()))
+        return part, keep_T
+
     def prompt(self, p: int) -> Tensor:
         """Tokens of prompt p."""
         return self.prompt_token[self.prompt_cu[p] : self.prompt_cu[p + 1]]

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
+
+if TYPE_CHECKING:
+    from dsm_train.megatron.parallel import Parallel
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -25,3 +30,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def device(request: pytest.FixtureRequest) -> torch.device:
     """Each device that an op serves."""
     return torch.device(request.param)
+
+
+@pytest.fixture(scope="module")
+def layout() -> Iterator[Parallel]:
+    """One rank, alone."""
+    # Imported here: the ops' tests run without Megatron.
+    from dsm_train.config import ParallelConfig
+    from dsm_train.megatron import parallel
+
+    yield parallel.start(ParallelConfig(), seed=0)
+    parallel.stop()

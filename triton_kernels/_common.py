@@ -79,7 +79,9 @@ def check_offset_values(name: str, cu: Tensor, total: int) -> None:
     if cu.device.type != "cpu" or torch.compiler.is_compiling() or isinstance(cu, torch._subclasses.FakeTensor):
         return
     if int(cu[0]) != 0 or int(cu[-1]) != total or bool((cu[1:] < cu[:-1]).any()):
-        raise ValueError(f"{name} must start at 0, never decrease and end at {total}; got {cu.tolist()[:8]}...{int(cu[-1])}")
+        raise ValueError(
+            f"{name} must start at 0, never decrease and end at {total}; got {cu.tolist()[:8]}...{int(cu[-1])}"
+        )
 
 
 def segment_ids(cu: Tensor, total: int) -> Tensor:

@@ -104,6 +104,7 @@ def response_loss(
     KL: tl.constexpr, RATIO: tl.constexpr, SURROGATE: tl.constexpr, BLOCK_T: tl.constexpr,
 ):  # fmt: skip
     """Gradient of the rows begin..end of response s, and its column of partial_ptr: loss, then the statistics."""
+    mean, shared_slope = 0.0, 0.0
     if RATIO == "sequence":
         mean, shared_slope = sequence_statistics(
             logprob_ptr, old_ptr, advantage_ptr, advantage, weight_ptr, begin, end,
@@ -182,22 +183,24 @@ def reduce_partials_kernel(partial_ptr, loss_ptr, stats_ptr, S, BLOCK_S: tl.cons
 
 def launch_policy_loss(
     kernel: Any,
+    logprob_T: Tensor,
     tensors: tuple[Tensor | None, ...],
     response_cu: Tensor,
     objective: ObjectiveArguments,
     **constants: object,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Run `kernel`, one program per response, on `tensors` (the first is logprob_T), then reduce its partial results."""
+    """Run `kernel`, one program per response, and reduce its partial results; `tensors` precede the offsets."""
     clip_low, clip_high, kl_coef, kl, ratio, surrogate, dual_clip, delta = objective
-    tensors = tuple(None if x is None else x.contiguous() for x in tensors)
+    contiguous = (None if x is None else x.contiguous() for x in (logprob_T, *tensors, response_cu))
     S = response_cu.numel() - 1
-    loss, dlogprob_T, stats_N = empty_loss(tensors[0])
+    loss, dlogprob_T, stats_N = empty_loss(logprob_T)
     partial_NS = dlogprob_T.new_empty((1 + NUM_STATS, S))
-    off = float("inf")
+    # An infinite bound is off.
+    dual_clip, delta = (float("inf") if bound is None else bound for bound in (dual_clip, delta))
     if S:
         kernel[(S,)](
-            *tensors, response_cu.contiguous(), dlogprob_T, partial_NS, S,
-            1 - clip_low, 1 + clip_high, kl_coef, off if dual_clip is None else dual_clip, off if delta is None else delta,
+            *contiguous, dlogprob_T, partial_NS, S,
+            1 - clip_low, 1 + clip_high, kl_coef, dual_clip, delta,
             KL=kl, RATIO=ratio, SURROGATE=surrogate, BLOCK_T=BLOCK_T, **constants, **LAUNCH_OPTIONS,
         )  # fmt: skip
     reduce_partials_kernel[(1 + NUM_STATS,)](partial_NS, loss, stats_N, S, BLOCK_S=_BLOCK_S, **LAUNCH_OPTIONS)
@@ -225,7 +228,6 @@ def shipped_policy_loss(kernel: Any, signature: dict[str, str], constants: dict[
     branches = [
         {"KL": "k3", "RATIO": "token", "SURROGATE": "clip"},
         {"KL": "k3+", "RATIO": "sequence", "SURROGATE": "clip"},
-        {"KL": "k1", "RATIO": "token", "SURROGATE": "cispo"},
         {"KL": "k2", "RATIO": "sequence", "SURROGATE": "cispo"},
         {"KL": "k1+", "RATIO": "token", "SURROGATE": "clip", "old_ptr": None},
         {"KL": "k3", "RATIO": "sequence", "SURROGATE": "clip", "old_ptr": None, "ref_ptr": None},

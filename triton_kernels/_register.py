@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -31,9 +31,9 @@ class Shipped:
     """
 
     kernel: Any
-    signature: dict[str, str]
-    constants: dict[str, object]
-    options: dict[str, int] = field(default_factory=lambda: LAUNCH_OPTIONS)
+    signature: Mapping[str, str]
+    constants: Mapping[str, object]
+    options: Mapping[str, int] = field(default_factory=lambda: LAUNCH_OPTIONS)
 
 
 OPS: dict[str, CustomOpDef] = {}

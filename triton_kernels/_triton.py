@@ -6,10 +6,10 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, NoReturn
 
 if TYPE_CHECKING:
-    import triton
     import triton.language as tl
 
-    HAS_TRITON = True
+    triton: Any
+    HAS_TRITON: bool
 else:
     try:
         import triton
@@ -31,3 +31,5 @@ else:
 
 LAUNCH_OPTIONS = {"num_warps": 4, "enable_fp_fusion": True}
 """Of every launch. Fusing a multiply with an add is said, because its default differs between versions of Triton."""
+
+__all__ = ["HAS_TRITON", "LAUNCH_OPTIONS", "tl", "triton"]

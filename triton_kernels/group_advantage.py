@@ -97,6 +97,8 @@ def mean_and_scale(reward_ptr, begin, end, BLOCK_S: tl.constexpr):
     variance = tl.sum(squares) / tl.maximum(end - begin - 1, 1)
     scale = tl.where(tl.max(spread) == 0, 0.0, 1 / (tl.sqrt(variance) + _EPS))
     return first, mean, scale
+
+
 @triton.jit
 def normalise(reward, first, mean, scale, size, SCALE: tl.constexpr):
     """Advantage of `reward` in a group of `size` with the statistics of `mean_and_scale`."""

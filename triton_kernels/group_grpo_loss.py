@@ -47,7 +47,8 @@ def group_grpo_loss(
     check_group_arguments(reward_S, group_cu, scale)
     if reward_S.numel() != response_cu.numel() - 1:
         raise ValueError(
-            f"reward_S must have one reward per response of response_cu, {response_cu.numel() - 1}; got {reward_S.numel()}"
+            f"reward_S must have one reward per response of response_cu, {response_cu.numel() - 1}; "
+            f"got {reward_S.numel()}"
         )
     arguments = objective_arguments(objective)
     loss, _, stats_N = _group_grpo_loss(
@@ -77,9 +78,7 @@ def group_grpo_loss_reference(
     """(loss, dloss / dlogprob_T, stats_N) in plain PyTorch."""
     advantage_T = group_advantage_reference(reward_S, group_cu, scale)[segment_ids(response_cu, logprob_T.numel())]
     objective = (clip_low, clip_high, kl_coef, kl, ratio, surrogate, dual_clip, delta)
-    return grpo_loss_reference(
-        logprob_T, old_logprob_T, ref_logprob_T, advantage_T, weight_T, response_cu, *objective
-    )
+    return grpo_loss_reference(logprob_T, old_logprob_T, ref_logprob_T, advantage_T, weight_T, response_cu, *objective)
 
 
 @triton.jit
@@ -133,16 +132,14 @@ def _group_grpo_loss_triton(
     group_cu: Tensor,
     *objective_and_scale: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    *objective, scale = objective_and_scale
-    rows = (logprob_T, old_logprob_T, ref_logprob_T)
     if logprob_T.dtype == torch.float64:
-        return group_grpo_loss_reference(*rows, reward_S, weight_T, response_cu, group_cu, *objective, scale)
+        rows = (logprob_T, old_logprob_T, ref_logprob_T)
+        return group_grpo_loss_reference(*rows, reward_S, weight_T, response_cu, group_cu, *objective_and_scale)
+    *objective, scale = objective_and_scale
     reward_S = reward_S.contiguous()
-    tensors = (*rows, reward_S, weight_T, group_cu, batch_scale_triton(reward_S, scale))
-    P = group_cu.numel() - 1
-    return launch_policy_loss(
-        group_grpo_loss_kernel, tensors, response_cu, tuple(objective), P=P, SCALE=scale, BLOCK_S=BLOCK_S
-    )
+    tensors = (old_logprob_T, ref_logprob_T, reward_S, weight_T, group_cu, batch_scale_triton(reward_S, scale))
+    constants = {"P": group_cu.numel() - 1, "SCALE": scale, "BLOCK_S": BLOCK_S}
+    return launch_policy_loss(group_grpo_loss_kernel, logprob_T, tensors, response_cu, tuple(objective), **constants)
 
 
 _group_grpo_loss = custom_op("group_grpo_loss", group_grpo_loss_reference)
@@ -157,6 +154,6 @@ def shipped() -> list[Shipped]:
     group_std = {"SCALE": "std", "BLOCK_S": BLOCK_S, "batch_scale_ptr": None}
     group_batch = {"SCALE": "batch", "BLOCK_S": BLOCK_S}
     return [
-        *shipped_policy_loss(group_grpo_loss_kernel, signature, group_std)[:2],
-        shipped_policy_loss(group_grpo_loss_kernel, signature, group_batch)[2],
+        shipped_policy_loss(group_grpo_loss_kernel, signature, group_std)[0],
+        shipped_policy_loss(group_grpo_loss_kernel, signature, group_batch)[1],
     ]

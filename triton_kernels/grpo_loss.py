@@ -83,7 +83,9 @@ def check_loss_arguments(
     rows = {"old_logprob_T": old_logprob_T, "ref_logprob_T": ref_logprob_T, "weight_T": weight_T}
     for name, x_T in rows.items():
         if x_T is not None and x_T.shape != logprob_T.shape:
-            raise ValueError(f"{name} must have the shape of logprob_T, {tuple(logprob_T.shape)}; got {tuple(x_T.shape)}")
+            raise ValueError(
+                f"{name} must have the shape of logprob_T, {tuple(logprob_T.shape)}; got {tuple(x_T.shape)}"
+            )
     if ref_logprob_T is None and objective.kl_coef != 0:
         raise ValueError(f"kl_coef is {objective.kl_coef}: give ref_logprob_T, or set kl_coef to 0")
     if objective.tis_clip is not None:
@@ -182,7 +184,6 @@ def grpo_loss_reference(
     return loss.detach(), dlogprob_T, stats_N
 
 
-
 @triton.jit
 def grpo_loss_kernel(
     logprob_ptr, old_ptr, ref_ptr, advantage_ptr, weight_ptr, response_cu_ptr, dlogprob_ptr, partial_ptr, S,
@@ -208,10 +209,10 @@ def _grpo_loss_triton(
     response_cu: Tensor,
     *objective: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    tensors = (logprob_T, old_logprob_T, ref_logprob_T, advantage_T, weight_T)
+    tensors = (old_logprob_T, ref_logprob_T, advantage_T, weight_T)
     if logprob_T.dtype == torch.float64:
-        return grpo_loss_reference(*tensors, response_cu, *objective)
-    return launch_policy_loss(grpo_loss_kernel, tensors, response_cu, objective)
+        return grpo_loss_reference(logprob_T, *tensors, response_cu, *objective)
+    return launch_policy_loss(grpo_loss_kernel, logprob_T, tensors, response_cu, objective)
 
 
 _grpo_loss = custom_op("grpo_loss", grpo_loss_reference)

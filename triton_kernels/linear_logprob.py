@@ -67,7 +67,7 @@ def chunked_linear_logprob(
     """`linear_logprob` with a bound on the memory of its chunks: None is 64 MiB on the CPU and 2 GiB elsewhere."""
     if tp_group is not None and tp_group.size() > 1:
         raise NotImplementedError(
-            f"the vocabulary cannot be split yet: tp_group has {tp_group.size()} ranks; give the whole weight and no group"
+            f"the vocabulary cannot be split yet: tp_group has {tp_group.size()} ranks; give the whole weight, no group"
         )
     if workspace_bytes is None:
         workspace_bytes = 2**26 if hidden_TD.device.type == "cpu" else 2**31
@@ -84,7 +84,8 @@ def chunked_linear_logprob(
 def _check(hidden_TD: Tensor, weight_VD: Tensor, target_T: Tensor, bias_V: Tensor | None) -> None:
     if hidden_TD.dim() != 2 or weight_VD.dim() != 2 or hidden_TD.shape[1] != weight_VD.shape[1]:
         raise ValueError(
-            f"hidden_TD [T, D] and weight_VD [V, D] must share D; got {tuple(hidden_TD.shape)}, {tuple(weight_VD.shape)}"
+            f"hidden_TD [T, D] and weight_VD [V, D] must share D; got {tuple(hidden_TD.shape)}, "
+            f"{tuple(weight_VD.shape)}"
         )
     if hidden_TD.dtype != weight_VD.dtype:
         raise ValueError(f"hidden_TD and weight_VD must share a dtype; got {hidden_TD.dtype} and {weight_VD.dtype}")
@@ -150,7 +151,7 @@ def linear_logprob_bwd_reference(
 
     ds_v = g (1[v = target] - p_v) - h p_v (log p_v + entropy), g and h the gradients of logprob and entropy.
     """
-    T, V, weight_operand_VD, target_T = len(hidden_TD), len(weight_VD), _operand(weight_VD), target_T.long()
+    T, weight_operand_VD, target_T = len(hidden_TD), _operand(weight_VD), target_T.long()
     dhidden_TD, dweight_VD, dbias_V = _gradients_like(hidden_TD, weight_VD, bias_V, needs, dtype=entropy_T.dtype)
     for rows in _chunks(T, weight_operand_VD, workspace_bytes):
         s_CV = _logits(hidden_TD[rows], weight_operand_VD, bias_V, temperature, softcap)
@@ -254,4 +255,6 @@ linear_logprob_fwd = custom_op("linear_logprob_fwd", linear_logprob_fwd_referenc
 linear_logprob_fwd.register_fake(_stats_like)
 linear_logprob_fwd.register_autograd(_backward, setup_context=_setup_context)
 linear_logprob_bwd = custom_op("linear_logprob_bwd", linear_logprob_bwd_reference)
-linear_logprob_bwd.register_fake(lambda g, h, hidden, weight, target, bias, *rest: _gradients_like(hidden, weight, bias, rest[-1]))
+linear_logprob_bwd.register_fake(
+    lambda _g, _h, hidden, weight, _target, bias, *rest: _gradients_like(hidden, weight, bias, rest[-1])
+)

@@ -89,16 +89,15 @@ def packed_attention_fwd_reference(
     return out.to(q_THK.dtype), lse_TH
 
 
-def _attend(
-    q_THK: Tensor, k: Tensor, v: Tensor, buckets: list[Bucket], window: int | None
-) -> tuple[Tensor, Tensor]:
+def _attend(q_THK: Tensor, k: Tensor, v: Tensor, buckets: list[Bucket], window: int | None) -> tuple[Tensor, Tensor]:
     """Attention within the buckets; rows in none of them have out = 0 and the least finite lse."""
     (T, H, _), J = q_THK.shape, k.shape[1]
     least = torch.finfo(q_THK.dtype).min
     out, lse_TH = q_THK.new_zeros(T, H, v.shape[2]), q_THK.new_full((T, H), least)
     for bucket in buckets:
         B, L = bucket.q_index_BL.shape
-        q, k_pad, v_pad = _pad(q_THK, bucket.q_index_BL, J), _pad(k, bucket.k_index_BM, J), _pad(v, bucket.k_index_BM, J)
+        q = _pad(q_THK, bucket.q_index_BL, J)
+        k_pad, v_pad = _pad(k, bucket.k_index_BM, J), _pad(v, bucket.k_index_BM, J)
         visible = bucket.visible(window, q_THK.dtype)
         scores = torch.bmm(q, k_pad.mT)
         scores.view(B, H, L, -1).add_((1 - visible) * least)
@@ -135,7 +134,7 @@ def packed_attention_bwd_reference(
     delta_TH = (do * out).sum(-1)
     if grad_lse_TH is not None:
         delta_TH = delta_TH - grad_lse_TH
-    dq, dk, dv = torch.zeros_like(q_scaled), torch.zeros_like(k_), torch.zeros_like(v_)
+    dq, dk, dv = (x.new_zeros(x.shape) for x in (q_scaled, k_, v_))
     for bucket in buckets_from_tensors(own) + buckets_from_tensors(shared):
         (B, L), M = bucket.q_index_BL.shape, bucket.k_index_BM.shape[1]
         q, do_pad = _pad(q_scaled, bucket.q_index_BL, J), _pad(do, bucket.q_index_BL, J)

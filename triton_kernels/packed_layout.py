@@ -97,7 +97,8 @@ class PackedLayout:
         prompt_len_P, response_len_S: int32 or int64. group_cu: int32 offsets [P + 1], the responses of each prompt.
         Raises `ValueError` for anything else and for counts that do not fit.
         """
-        prompt_P, length_S = _host_lengths("prompt_len_P", prompt_len_P), _host_lengths("response_len_S", response_len_S)
+        prompt_P = _host_lengths("prompt_len_P", prompt_len_P)
+        length_S = _host_lengths("response_len_S", response_len_S)
         cu = _host_offsets("group_cu", group_cu)
         if len(cu) != len(prompt_P) + 1 or int(cu[-1]) != len(length_S):
             raise ValueError(

@@ -26,7 +26,7 @@ def process_advantage(
     response, in order. Rows after the last step get 0, as do groups of equal step rewards and groups of one step. On a
     GPU this waits for the number of rows.
 
-    Raises `ValueError` for shapes and dtypes that do not fit and, on the CPU, for steps that end outside their response.
+    Raises `ValueError` for shapes and dtypes that do not fit; on the CPU also for steps that end elsewhere.
     """
     if step_reward_J.dim() != 1 or step_end_J.shape != step_reward_J.shape:
         raise ValueError(
@@ -35,7 +35,8 @@ def process_advantage(
         )
     if step_end_J.dtype not in (torch.int32, torch.int64) or step_end_J.device != step_reward_J.device:
         raise ValueError(
-            f"step_end_J must be int32 or int64 on {step_reward_J.device}; got {step_end_J.dtype} on {step_end_J.device}"
+            f"step_end_J must be int32 or int64 on {step_reward_J.device}; got {step_end_J.dtype} on "
+            f"{step_end_J.device}"
         )
     for name, cu in (("step_cu", step_cu), ("response_cu", response_cu), ("group_cu", group_cu)):
         check_offsets(name, cu, step_reward_J.device)
@@ -66,7 +67,9 @@ def _check_ends(step_end_J: Tensor, step_cu: Tensor, response_cu: Tensor) -> Non
     back = (step_end_J[1:] < step_end_J[:-1]) & (response_J[1:] == response_J[:-1])
     if back.any():
         j = int(back.nonzero()[0]) + 1
-        raise ValueError(f"steps must be in order; step_end_J[{j}] is {int(step_end_J[j])} after {int(step_end_J[j - 1])}")
+        raise ValueError(
+            f"steps must be in order; step_end_J[{j}] is {int(step_end_J[j])} after {int(step_end_J[j - 1])}"
+        )
 
 
 def process_advantage_reference(
@@ -89,9 +92,11 @@ def process_advantage_reference(
     return remaining_SK[response_T, step_T]
 
 
-def _empty(step_reward_J: Tensor, *arguments: object) -> Tensor:
+def _empty(
+    step_reward_J: Tensor, step_end_J: Tensor, step_cu: Tensor, response_cu: Tensor, group_cu: Tensor, T: int
+) -> Tensor:
     dtype = torch.float64 if step_reward_J.dtype == torch.float64 else torch.float32
-    return step_reward_J.new_empty(arguments[-1], dtype=dtype)
+    return step_reward_J.new_empty(T, dtype=dtype)
 
 
 process_advantage_op = custom_op("process_advantage", process_advantage_reference)

@@ -14,6 +14,64 @@
 namespace dsm {
 namespace {
 
+// The rows of one response. Absent tensors are null; the advantage of row t is advantage[t * advantage_stride].
+template <typename T>
+struct Rows {
+  const T *logprob, *old, *ref, *advantage, *weight;
+  int64_t advantage_stride, size;
+};
+
+// Some rows on their way to the loss. What an absent row holds is replaced by 0 first.
+template <typename T>
+struct Block {
+  T weight[kBlock], advantage[kBlock], logprob[kBlock], log_ratio[kBlock], ratio[kBlock];
+  T surrogate[kBlock], slope[kBlock], d[kBlock], kl[kBlock], kl_slope[kBlock];
+  int64_t n;
+
+  Block(const Rows<T>& rows, int64_t t) : n(std::min(kBlock, rows.size - t)) {
+    const T *x = rows.logprob + t, *w = rows.weight + t, *a = rows.advantage + t * rows.advantage_stride;
+    // On-policy the log ratio is 0, or NaN, which must stay visible.
+    const T* old = rows.old ? rows.old + t : x;
+    const T* ref = rows.ref ? rows.ref + t : x;
+    const bool has_ref = rows.ref != nullptr;
+    for (int64_t i = 0; i < n; ++i) {
+      const T x_i = x[i], old_i = old[i], ref_i = ref[i], a_i = a[i * rows.advantage_stride];
+      const bool present = w[i] != 0;
+      weight[i] = w[i];
+      logprob[i] = present ? x_i : T(0);
+      advantage[i] = present ? a_i : T(0);
+      log_ratio[i] = present ? x_i - old_i : T(0);
+      d[i] = present & has_ref ? x_i - ref_i : T(0);
+    }
+  }
+
+  // The surrogate and its derivative by the log ratio, which for cispo is that by the log-probability.
+  void evaluate(const Objective& o, const T* sequence_log_ratio) {
+    const T limit = T(kLogRatioLimit), low = T(1 - o.clip_low), high = T(1 + o.clip_high);
+    const T delta = T(o.delta), dual_clip = T(o.dual_clip);
+    T x[kBlock];
+    for (int64_t i = 0; i < n; ++i) x[i] = sequence_log_ratio ? *sequence_log_ratio : log_ratio[i];
+    for (int64_t i = 0; i < n; ++i) {
+      ratio[i] = bounded_exp(clamp(x[i], -limit, limit));
+      slope[i] = clamp(ratio[i], low, high) * advantage[i];
+      surrogate[i] = slope[i] * logprob[i];
+    }
+    if (o.cispo) return;
+    for (int64_t i = 0; i < n; ++i) {
+      const T r = ratio[i], a = advantage[i], clipped = slope[i];
+      const T unclipped = (r > delta ? delta : r) * a;
+      const T bounded = unclipped <= clipped ? unclipped : clipped;
+      T moving = unclipped <= clipped ? r * a : T(0);
+      moving = r <= delta ? moving : T(0);
+      moving = std::abs(x[i]) <= limit ? moving : T(0);
+      const T floor = dual_clip * (a < 0 ? a : T(-1));  // not infinity * 0
+      const T floored = a < 0 ? floor : bounded;
+      surrogate[i] = bounded < floored ? floored : bounded;
+      slope[i] = bounded < floored ? T(0) : moving;
+    }
+  }
+};
+
 // Order of triton_kernels/_common.py: SUMS, then the maximum and the minimum of the ratio.
 enum Stat { kTokens, kWeight, kKL, kLogRatio, kRatio, kClippedLow, kClippedHigh, kEntropy, kNumSums };
 
@@ -30,83 +88,60 @@ struct Partial {
     max_ratio = std::max(max_ratio, other.max_ratio);
     min_ratio = std::min(min_ratio, other.min_ratio);
   }
+
+  template <typename T>
+  void add(const Block<T>& block, const Objective& o) {
+    const T low = T(1 - o.clip_low), high = T(1 + o.clip_high), kl_coef = T(o.kl_coef);
+    Partial p;
+    for (int64_t i = 0; i < block.n; ++i) {
+      // The other terms of an absent row are 0.
+      const bool present = block.weight[i] != 0;
+      const T weight = block.weight[i], ratio = block.ratio[i], advantage = block.advantage[i];
+      p.loss -= double(weight) * (block.surrogate[i] - kl_coef * block.kl[i]);
+      p.sums[kTokens] += present;
+      p.sums[kWeight] += weight;
+      p.sums[kKL] += block.kl[i];
+      p.sums[kLogRatio] -= block.log_ratio[i];
+      p.sums[kRatio] += present ? ratio : T(0);
+      p.sums[kClippedLow] += (ratio < low) & (advantage < 0);
+      p.sums[kClippedHigh] += (ratio > high) & (advantage > 0);
+      p.max_ratio = std::max<double>(p.max_ratio, present ? ratio : -std::numeric_limits<T>::infinity());
+      p.min_ratio = std::min<double>(p.min_ratio, present ? ratio : std::numeric_limits<T>::infinity());
+    }
+    add(p);
+  }
 };
-
-// The rows of one response. Absent tensors are null; the advantage of row t is advantage[t * advantage_stride].
-template <typename T>
-struct Rows {
-  const T *logprob, *old, *ref, *advantage, *weight;
-  int64_t advantage_stride, size;
-
-  bool present(int64_t t) const { return weight[t] != 0; }
-  // On-policy the difference is 0, or NaN, which must stay visible.
-  T log_ratio(int64_t t) const { return logprob[t] - (old ? old : logprob)[t]; }
-};
-
-template <typename T>
-T ratio_of(T log_ratio) {
-  return std::exp(clamp(log_ratio, T(-kLogRatioLimit), T(kLogRatioLimit)));
-}
-
-// The surrogate of one row and its derivative by the log ratio; for cispo by the log-probability.
-template <typename T>
-ValueAndSlope<T> surrogate(T log_ratio, T ratio, T advantage, T logprob, const Objective& o) {
-  const T clipped = clamp(ratio, T(1 - o.clip_low), T(1 + o.clip_high));
-  if (o.cispo) return {clipped * advantage * logprob, clipped * advantage};
-  const T unclipped = (ratio > T(o.delta) ? T(o.delta) : ratio) * advantage;
-  const bool inside = std::abs(log_ratio) <= T(kLogRatioLimit) && ratio <= T(o.delta);
-  ValueAndSlope<T> result{clipped * advantage, T(0)};
-  if (unclipped <= result.value) result = {unclipped, inside ? ratio * advantage : T(0)};
-  if (advantage < 0 && result.value < T(o.dual_clip) * advantage) result = {T(o.dual_clip) * advantage, T(0)};
-  return result;
-}
 
 // Writes the gradient of each row.
 template <typename T>
 Partial response_loss(const Rows<T>& rows, const Objective& o, T* dlogprob) {
   Partial partial;
   double tokens = 0, log_ratio_sum = 0, sequence_slope = 0;
-  T sequence_log_ratio = 0, sequence_ratio = 1;
+  T sequence_log_ratio = 0;
   const bool through_sequence = o.sequence && !o.cispo;
   if (o.sequence) {
-    for (int64_t t = 0; t < rows.size; ++t) {
-      if (!rows.present(t)) continue;
-      tokens += 1;
-      log_ratio_sum += rows.log_ratio(t);
+    for (int64_t t = 0; t < rows.size; t += kBlock) {
+      const Block<T> block(rows, t);
+      for (int64_t i = 0; i < block.n; ++i) tokens += block.weight[i] != 0, log_ratio_sum += block.log_ratio[i];
     }
     sequence_log_ratio = T(log_ratio_sum / std::max(tokens, 1.0));
-    sequence_ratio = ratio_of(sequence_log_ratio);
   }
-  for (int64_t t = 0; t < rows.size; ++t) {
-    dlogprob[t] = 0;
-    if (!rows.present(t)) continue;
-    const T advantage = rows.advantage[t * rows.advantage_stride], weight = rows.weight[t];
-    const T log_ratio = rows.log_ratio(t);
-    const T ratio = o.sequence ? sequence_ratio : ratio_of(log_ratio);
-    const auto policy = surrogate(o.sequence ? sequence_log_ratio : log_ratio, ratio, advantage, rows.logprob[t], o);
-    ValueAndSlope<T> kl{0, 0};
-    if (rows.ref) kl = kl_and_slope(rows.logprob[t] - rows.ref[t], o.kl);
-    const T kl_coef = T(o.kl_coef);
-    partial.loss -= double(weight) * (policy.value - kl_coef * kl.value);
-    dlogprob[t] = weight * (kl_coef * kl.slope - (through_sequence ? T(0) : policy.slope));
-    if (through_sequence) sequence_slope += double(weight) * policy.slope;
-
-    partial.sums[kTokens] += 1;
-    partial.sums[kWeight] += weight;
-    partial.sums[kKL] += kl.value;
-    partial.sums[kLogRatio] -= log_ratio;
-    partial.sums[kRatio] += ratio;
-    partial.sums[kClippedLow] += ratio < T(1 - o.clip_low) && advantage < 0;
-    partial.sums[kClippedHigh] += ratio > T(1 + o.clip_high) && advantage > 0;
-    partial.max_ratio = std::max(partial.max_ratio, double(ratio));
-    partial.min_ratio = std::min(partial.min_ratio, double(ratio));
+  for (int64_t t = 0; t < rows.size; t += kBlock) {
+    Block<T> block(rows, t);
+    block.evaluate(o, o.sequence ? &sequence_log_ratio : nullptr);
+    // Without a reference d is 0, and so is every estimate and slope but k1's slope, which kl_coef = 0 removes.
+    kl_and_slope(block.d, block.n, o.kl, block.kl, block.kl_slope);
+    const T kl_coef = T(o.kl_coef), own_slope = through_sequence ? T(0) : T(1);
+    for (int64_t i = 0; i < block.n; ++i) {
+      dlogprob[t + i] = block.weight[i] * (kl_coef * block.kl_slope[i] - own_slope * block.slope[i]);
+    }
+    for (int64_t i = 0; i < block.n; ++i) sequence_slope += double(block.weight[i]) * block.slope[i];
+    partial.add(block, o);
   }
   if (through_sequence) {
     // Every present row moves the mean log ratio by 1 / tokens.
     const T shared = T(sequence_slope / std::max(tokens, 1.0));
-    for (int64_t t = 0; t < rows.size; ++t) {
-      if (rows.present(t)) dlogprob[t] -= shared;
-    }
+    for (int64_t t = 0; t < rows.size; ++t) dlogprob[t] -= rows.weight[t] != 0 ? shared : T(0);
   }
   return partial;
 }

@@ -5,6 +5,7 @@
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
+#include <algorithm>
 #include <tuple>
 
 namespace {
@@ -17,11 +18,12 @@ std::tuple<at::Tensor, at::Tensor> token_kl(const at::Tensor& logprob, const at:
   AT_DISPATCH_FLOATING_TYPES(dtype, "token_kl", [&] {
     const scalar_t *px = x.const_data_ptr<scalar_t>(), *py = y.const_data_ptr<scalar_t>();
     scalar_t *pv = value.mutable_data_ptr<scalar_t>(), *ps = slope.mutable_data_ptr<scalar_t>();
-    at::parallel_for(0, x.numel(), 4096, [&](int64_t begin, int64_t end) {
-      for (int64_t t = begin; t < end; ++t) {
-        const auto row = dsm::kl_and_slope(px[t] - py[t], kl);
-        pv[t] = row.value;
-        ps[t] = row.slope;
+    at::parallel_for(0, x.numel(), 64 * dsm::kBlock, [&](int64_t begin, int64_t end) {
+      scalar_t d[dsm::kBlock];
+      for (int64_t t = begin; t < end; t += dsm::kBlock) {
+        const int64_t n = std::min(dsm::kBlock, end - t);
+        for (int64_t i = 0; i < n; ++i) d[i] = px[t + i] - py[t + i];
+        dsm::kl_and_slope(d, n, kl, pv + t, ps + t);
       }
     });
   });

@@ -118,7 +118,7 @@ class _Pool:
 
 
 def _operands(kind: str, operator: str, base: int) -> Iterator[tuple[int, int]]:
-    low = 2 if kind == "word" else 0  # no "1 apples"
+    low = base // 10
     for a in range(low, base):
         for b in {"+": range(low, base), "-": range(low, a + 1), "*": range(2, 10)}[operator]:
             yield a, b

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -104,14 +103,12 @@ def check_layout(parallel: ParallelConfig, model: ModelConfig, vocab_size: int) 
 def start(config: ParallelConfig, seed: int) -> Parallel:
     """Join the ranks that torchrun started (or be the only one) and build the process groups."""
     if not dist.is_initialized():
-        if "RANK" not in os.environ:
-            os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1",
-                              MASTER_PORT=str(_free_port()))
+        alone = {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
         cuda = torch.cuda.is_available()
         if cuda:
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
         dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo",
-                                timeout=timedelta(minutes=config.timeout_minutes))
+                                timeout=timedelta(minutes=config.timeout_minutes), **alone)
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=config.tp,
         pipeline_model_parallel_size=config.pp,
@@ -136,11 +133,3 @@ def set_threads(threads: int) -> int:
     threads = threads or max(1, available // local_ranks)
     torch.set_num_threads(threads)
     return threads
-
-
-def _free_port() -> int:
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return sock.getsockname()[1]
-
-

@@ -114,7 +114,7 @@ def _cuda_type_names() -> Iterator[None]:
     try:
         yield
     finally:
-        torch.Tensor.type = original  # type: ignore[method-assign]
+        del torch.Tensor.type  # it is inherited: nothing of ours stays behind
 
 
 def _with_cuda_type_names(function: Callable[..., Any]) -> Callable[..., Any]:

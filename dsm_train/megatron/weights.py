@@ -24,6 +24,7 @@ from dsm_train.megatron.parallel import Parallel
 _LAYER = re.compile(r"decoder\.layers\.(\d+)\.(.*)")
 WEIGHTS_FILE = "model.safetensors"
 MODEL_FILE = "model.json"
+_AS_GIVEN = ("layers", "dtype", "recompute", "vocab_multiple", "max_length")
 
 
 def named_weights(chunks: Sequence[HiddenGPTModel]) -> Iterator[tuple[str, torch.nn.Parameter]]:
@@ -101,16 +102,18 @@ def save_weights(folder: Path, chunks: Sequence[HiddenGPTModel], model: ModelCon
 
 
 def saved_model(folder: Path, model: ModelConfig) -> ModelConfig:
-    """The configuration of saved weights; `layers`, `dtype`, `recompute` and `vocab_multiple` stay as given.
+    """The configuration of saved weights, but for how to run them (`_AS_GIVEN`), which stays as in `model`.
 
-    Raises `ValueError` when the folder holds no weights.
+    Raises `ValueError` when the folder holds no weights, or none that this trainer wrote.
     """
     for file in (WEIGHTS_FILE, MODEL_FILE):
         if not (folder / file).is_file():
             raise ValueError(f"run.init: {folder} holds no {file}; give a folder written by a stage of this trainer")
-    saved = ModelConfig(**json.loads((folder / MODEL_FILE).read_text()))
-    return replace(saved, layers=model.layers, dtype=model.dtype, recompute=model.recompute,
-                   vocab_multiple=model.vocab_multiple)
+    try:
+        saved = ModelConfig(**json.loads((folder / MODEL_FILE).read_text()))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"run.init: {folder / MODEL_FILE} does not describe a model ({error}): write it anew") from error
+    return replace(saved, **{name: getattr(model, name) for name in _AS_GIVEN})
 
 
 @torch.no_grad()

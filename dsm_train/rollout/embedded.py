@@ -83,19 +83,31 @@ class EmbeddedEngine:
     """Generates with `model`'s live weights on this rank. Needs the whole model on this rank."""
 
     def __init__(self, model: Model, stop_ids: Sequence[int], seed: int) -> None:
-        if len(model.chunks) > 1 or not (model.chunks[0].pre_process and model.chunks[0].post_process):
-            raise ValueError("the embedded generator needs the whole model on one rank: parallel.pp=1")
+        layout = model.parallel.config
+        if layout.tp * layout.pp > 1:
+            raise ValueError("the embedded generator needs the whole model on every rank, but parallel.tp x parallel.pp = "
+                             f"{layout.tp} x {layout.pp}: use parallel.tp=1 parallel.pp=1")
         self.model, self.seed = model, seed
         self.stop_ids = torch.tensor(sorted(stop_ids))
 
     @torch.no_grad()
     def generate(self, prompts: Sequence[Prompt], num_samples: int, sampling: SamplingConfig, *, step: int) -> Rollouts:
-        """See `RolloutEngine.generate`."""
+        """See `RolloutEngine.generate`. Raises `ValueError` for a prompt without tokens."""
+        for prompt in prompts:
+            if not prompt.token:
+                raise ValueError(f"prompt {prompt.id} has no token: there is nothing to continue")
         batch = _Decoding(self, prompts, num_samples, sampling, step)
         batch.prefill()
         while batch.active.numel():
             batch.decode()
         return batch.rollouts()
+
+
+def _logits(hidden_BD: Tensor, head_VD: Tensor) -> Tensor:
+    """Logits [B, V], fp32 out of the product as those of the trainer's log-probabilities."""
+    if hidden_BD.is_cuda and hidden_BD.dtype == torch.bfloat16:
+        return torch.mm(hidden_BD, head_VD.T, out_dtype=torch.float32)
+    return F.linear(hidden_BD.float(), head_VD.float())
 
 
 class _Decoding:
@@ -153,7 +165,7 @@ class _Decoding:
         if self.sampling.temperature > 0:
             position = torch.full_like(rows, self.emitted)
             uniform = counter_uniform(self.engine.seed, self.step, self.prompt_id_B[rows], self.sample_B[rows], position)
-        chosen: Sampled = sample(F.linear(hidden_BD, self.head), uniform, self.sampling)
+        chosen: Sampled = sample(_logits(hidden_BD, self.head), uniform, self.sampling)
         self.token_BR[rows, self.emitted] = chosen.token_B
         self.logprob_BR[rows, self.emitted] = chosen.logprob_B
         self.emitted += 1

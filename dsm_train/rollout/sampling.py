@@ -36,7 +36,7 @@ def counter_uniform(seed: int, step: int, prompt_id_B: Tensor, sample_B: Tensor,
     state = _mix(torch.full_like(prompt_id_B, seed))
     for counter in (step, prompt_id_B, sample_B, position_B):
         state = _mix(state ^ counter)
-    return (_shift_right(state, 11).double() + 0.5) * 2.0**-53
+    return (_shift_right(state, 12).double() + 0.5) * 2.0**-52
 
 
 @dataclass(frozen=True)

@@ -83,7 +83,9 @@ def test_half_precision(dtype: torch.dtype, scale: Scale, device: torch.device) 
     reward_S = torch.randn(20, generator=torch.Generator().manual_seed(0)).to(device, dtype)
     group_cu = offsets([8, 12], device)
     reference_S = group_advantage_reference(reward_S, group_cu, scale)
-    assert_at_most_twice_as_far(group_advantage(reward_S, group_cu, scale), reference_S, loop(reward_S, group_cu, scale))
+    assert_at_most_twice_as_far(
+        group_advantage(reward_S, group_cu, scale), reference_S, loop(reward_S, group_cu, scale)
+    )
 
 
 def test_noncontiguous_integer_and_detached(device: torch.device) -> None:

@@ -68,7 +68,9 @@ def test_every_length(lengths: list[int], ratio: str, device: torch.device) -> N
 
 @pytest.mark.parametrize("absent", [{"old_logprob_T"}, {"ref_logprob_T"}, {"old_logprob_T", "ref_logprob_T"}], ids=str)
 @pytest.mark.parametrize(
-    "objective", [Objective(), Objective(ratio="sequence"), Objective(surrogate="cispo"), Objective(dual_clip=3.0)], ids=name
+    "objective",
+    [Objective(), Objective(ratio="sequence"), Objective(surrogate="cispo"), Objective(dual_clip=3.0)],
+    ids=name,
 )
 def test_without_old_or_reference(objective: Objective, absent: set[str], device: torch.device) -> None:
     rows = replace(make_rows([5, 0, 40, 18], device), **dict.fromkeys(absent))
@@ -106,7 +108,9 @@ def test_by_hand(device: torch.device) -> None:
     assert (float(out.stats.maxima), float(out.stats.minima)) == pytest.approx((1.5, 0.5), rel=1e-5)
 
 
-@pytest.mark.parametrize("objective", [Objective(ratio="sequence", kl_coef=0), Objective(ratio="sequence", surrogate="cispo")])
+@pytest.mark.parametrize(
+    "objective", [Objective(ratio="sequence", kl_coef=0), Objective(ratio="sequence", surrogate="cispo")]
+)
 def test_sequence_ratio_is_the_geometric_mean_of_present_rows(objective: Objective, device: torch.device) -> None:
     rows = make_rows([5, 3], device)
     out, _ = loss_and_gradient(rows, objective)
@@ -156,7 +160,9 @@ def test_nan_in_a_present_row_is_seen(field: str, device: torch.device) -> None:
         assert loss_and_gradient(on_policy, Objective(kl_coef=0))[0].loss.isnan()
 
 
-@pytest.mark.parametrize("objective", [Objective(), Objective(ratio="sequence"), Objective(surrogate="cispo")], ids=name)
+@pytest.mark.parametrize(
+    "objective", [Objective(), Objective(ratio="sequence"), Objective(surrogate="cispo")], ids=name
+)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision(dtype: torch.dtype, objective: Objective, device: torch.device) -> None:
     rows = make_rows([5, 0, 40, 18], device).to(dtype)

@@ -25,7 +25,12 @@ OPTIONS = [PLAIN, {"temperature": 0.7, "softcap": None}, {"temperature": 1.3, "s
 
 
 def dense(
-    hidden_TD: Tensor, weight_VD: Tensor, target_T: Tensor, bias_V: Tensor | None, temperature: float, softcap: float | None
+    hidden_TD: Tensor,
+    weight_VD: Tensor,
+    target_T: Tensor,
+    bias_V: Tensor | None,
+    temperature: float,
+    softcap: float | None,
 ) -> tuple[Tensor, Tensor]:
     """logprob_T and entropy_T from all logits at once."""
     z_TV = hidden_TD @ weight_VD.T
@@ -138,8 +143,12 @@ def test_gradients_of_one_input_or_one_output_alone(wanted: int, device: torch.d
     output = linear_logprob(*inputs[:2], target_T, bias_V=inputs[2])
     both = torch.autograd.grad(output.logprob_T.sum() + output.entropy_T.sum(), inputs[wanted])[0]
     alone = [x.detach().requires_grad_(i == wanted) for i, x in enumerate(inputs)]
-    for_logprob = torch.autograd.grad(linear_logprob(*alone[:2], target_T, bias_V=alone[2]).logprob_T.sum(), alone[wanted])
-    for_entropy = torch.autograd.grad(linear_logprob(*alone[:2], target_T, bias_V=alone[2]).entropy_T.sum(), alone[wanted])
+    for_logprob = torch.autograd.grad(
+        linear_logprob(*alone[:2], target_T, bias_V=alone[2]).logprob_T.sum(), alone[wanted]
+    )
+    for_entropy = torch.autograd.grad(
+        linear_logprob(*alone[:2], target_T, bias_V=alone[2]).entropy_T.sum(), alone[wanted]
+    )
     assert relative_error(for_logprob[0] + for_entropy[0], both) < RTOL
 
 
@@ -202,10 +211,11 @@ def test_opcheck(bias: bool, options: dict[str, Any], device: torch.device) -> N
 
 @pytest.mark.parametrize("options", OPTIONS)
 def test_gradcheck(options: dict[str, Any], device: torch.device) -> None:
-    inputs, target_T = make(3, torch.float64, device)
+    (hidden_TD, weight_VD, bias_V), target_T = make(3, torch.float64, device)
+    inputs = [x.detach().requires_grad_() for x in (hidden_TD[:, :4], weight_VD[:11, :4], bias_V[:11])]
 
     def both(hidden_TD: Tensor, weight_VD: Tensor, bias_V: Tensor) -> tuple[Tensor, Tensor]:
-        output = linear_logprob(hidden_TD, weight_VD[:11], target_T % 11, bias_V=bias_V[:11], **options)
+        output = linear_logprob(hidden_TD, weight_VD, target_T % 11, bias_V=bias_V, **options)
         return output.logprob_T, output.entropy_T
 
     assert torch.autograd.gradcheck(both, inputs)

@@ -1,0 +1,40 @@
+# make quickstart   install what training needs, then train a small model on the CPU (minutes)
+# make test         install, then all tests that need no GPU
+# make lint         formatting, lint, types
+# Each works as the first command on a machine with Python 3.11 or 3.12, a C++ compiler and make.
+
+PYTHON ?= python3
+VENV   ?= .venv
+PY     := $(VENV)/bin/python
+PIP    := $(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt
+
+.PHONY: quickstart test lint clean
+
+quickstart: $(VENV)/.train
+	$(PY) -m dsm_train grpo --config recipes/quickstart.yaml
+
+test: $(VENV)/.dev
+	$(PY) -m pytest tests
+	TRITON_INTERPRET=1 $(PY) -m pytest tests/ops -m "not no_interpret and not gpu"
+
+lint: $(VENV)/.dev
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m pyright
+
+# torch first: the C++ ops are built against it, without build isolation, so that it is installed once.
+$(VENV)/.torch: constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) torch setuptools ninja wheel numpy
+	@touch $@
+
+$(VENV)/.train: $(VENV)/.torch setup.py pyproject.toml $(shell find csrc -name '*.cpp' -o -name '*.h')
+	$(PIP) --no-build-isolation -e '.[train]'
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.train
+	$(PIP) pytest ruff pyright
+	@touch $@
+
+clean:
+	rm -rf $(VENV) build *.egg-info triton_kernels/*.so

@@ -1,0 +1,69 @@
+"""Greedy accuracy and pass@k."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+
+import pytest
+import torch
+
+from dsm_train.config import SamplingConfig
+from dsm_train.data import Task, Tokenizer, train_tokenizer
+from dsm_train.eval.evaluate import Evaluator, pass_at_k
+from dsm_train.megatron.parallel import Parallel
+from dsm_train.types import Prompt, Rollouts, Sequences
+
+TASKS = [Task(id=i, prompt=f"{i}+1=", answer=str(i + 1), solution=None) for i in range(7)]
+SAMPLING = SamplingConfig(temperature=0.7, top_p=0.9, top_k=5, max_new_tokens=4)
+
+
+class Scripted:
+    """An engine whose sample i of task n is right when i < right[n]; it notes what it was asked."""
+
+    def __init__(self, tokenizer: Tokenizer, right: Sequence[int]) -> None:
+        self.tokenizer, self.right = tokenizer, right
+        self.calls: list[tuple[list[int], int, SamplingConfig, int]] = []
+
+    def generate(self, prompts: Sequence[Prompt], num_samples: int, sampling: SamplingConfig, *, step: int) -> Rollouts:
+        self.calls.append(([p.id for p in prompts], num_samples, sampling, step))
+        texts = [str(p.id + 1 if i < self.right[p.id] else p.id + 2) for p in prompts for i in range(num_samples)]
+        responses = [[*self.tokenizer.encode(text), self.tokenizer.eos_id] for text in texts]
+        sequences = Sequences.from_lists([p.token for p in prompts], responses, num_samples)
+        T, S = sequences.response_token_T.numel(), sequences.num_responses
+        return Rollouts(sequences, torch.tensor([p.id for p in prompts]), torch.zeros(T), torch.ones(S).bool(), 0)
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    return train_tokenizer([task.prompt for task in TASKS], 258)
+
+
+def test_greedy_accuracy_counts_right_answers(tokenizer: Tokenizer, layout: Parallel) -> None:
+    engine = Scripted(tokenizer, [1, 0, 1, 1, 0, 1, 0])
+    evaluator = Evaluator(engine, tokenizer, layout, SAMPLING, batch=3)
+    assert evaluator.greedy_accuracy(TASKS) == pytest.approx(4 / 7)
+    # every task once, in batches of 3; greedy, untruncated; at a step that no training step has
+    assert [ids for ids, *_ in engine.calls] == [[0, 1, 2], [3, 4, 5], [6]]
+    greedy = SamplingConfig(temperature=0.0, max_new_tokens=4)
+    assert all(call[1:] == (1, greedy, -1) for call in engine.calls)
+
+
+def test_pass_at_k_averages_over_tasks(tokenizer: Tokenizer, layout: Parallel) -> None:
+    right = [4, 0, 1, 2, 3, 0, 4]
+    engine = Scripted(tokenizer, right)
+    evaluator = Evaluator(engine, tokenizer, layout, SAMPLING, batch=8)
+    result = evaluator.pass_at_k(TASKS, 4)
+    assert list(result) == [1, 2, 4]
+    assert result[1] == pytest.approx(sum(right) / 28)
+    assert result[2] == pytest.approx(sum(pass_at_k(4, c, 2) for c in right) / 7)
+    assert result[4] == pytest.approx(5 / 7)  # any right one of all four
+    assert all(call[1:3] == (4, SAMPLING) and len(call[0]) <= 2 for call in engine.calls)
+
+
+@pytest.mark.parametrize("num_samples", [1, 4, 6])
+def test_pass_at_k_is_the_share_of_subsets_with_a_right_sample(num_samples: int) -> None:
+    for num_correct, k in itertools.product(range(num_samples + 1), range(1, num_samples + 1)):
+        subsets = list(itertools.combinations([i < num_correct for i in range(num_samples)], k))
+        expected = sum(any(subset) for subset in subsets) / len(subsets)
+        assert pass_at_k(num_samples, num_correct, k) == pytest.approx(expected, abs=1e-12)

@@ -1,0 +1,131 @@
+"""GRPO's mathematics: weights of the averages, presets, and the rows that a minibatch trains on.
+
+S responses, T response tokens, P prompts.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import tiny
+import torch
+
+from dsm_train.config import AlgorithmConfig, GrpoConfig, SamplingConfig
+from dsm_train.grpo import PRESETS, Algorithm, algorithm, token_rows, token_weights
+from dsm_train.megatron.parallel import Parallel
+from dsm_train.types import Rollouts
+from triton_kernels import Objective, group_advantage
+
+RESPONSE_CU = torch.tensor([0, 2, 2, 5, 6], dtype=torch.int32)  # lengths 2, 0, 3, 1
+
+
+@pytest.mark.parametrize(
+    ("average", "expected"),
+    [
+        # eq. 3: each of the 4 responses weighs 1/4, shared evenly by its tokens; the empty one's share is lost
+        ("response", [1 / 8, 1 / 8, 1 / 12, 1 / 12, 1 / 12, 1 / 4]),
+        ("token", [1 / 6] * 6),
+        ("fixed", [1 / 40] * 6),  # 4 responses of at most 10 tokens
+    ],
+)
+def test_weights_by_hand(average: str, expected: list[float]) -> None:
+    weight_T = token_weights(RESPONSE_CU, average, num_responses=4, num_tokens=6, fixed_length=10)
+    torch.testing.assert_close(weight_T, torch.tensor(expected))
+
+
+@pytest.mark.parametrize("average", ["response", "token", "fixed"])
+def test_weights_of_replicas_are_those_of_the_whole(average: str) -> None:
+    """Counts are of the whole step, so a replica's weights do not depend on how the step is split."""
+    whole = token_weights(RESPONSE_CU, average, 4, 6, fixed_length=10)
+    first = token_weights(RESPONSE_CU[:3], average, 4, 6, fixed_length=10)
+    second = token_weights(RESPONSE_CU[2:] - 2, average, 4, 6, fixed_length=10)
+    assert torch.equal(torch.cat([first, second]), whole)
+
+
+def test_the_papers_advantage_by_hand() -> None:
+    # rewards 1, 0, 0, 1: mean 1/2, sample deviation sqrt(1/3)
+    reward_S, group_cu = torch.tensor([1.0, 0.0, 0.0, 1.0]), torch.tensor([0, 4], dtype=torch.int32)
+    a = 0.5 * 3**0.5
+    torch.testing.assert_close(
+        group_advantage(reward_S, group_cu), torch.tensor([a, -a, -a, a]), rtol=1e-5, atol=0
+    )
+
+
+def test_presets_are_the_papers() -> None:
+    assert PRESETS["grpo"] == Algorithm(
+        Objective(clip_low=0.2, clip_high=0.2, kl_coef=0.04, kl="k3", ratio="token", surrogate="clip"),
+        average="response",
+        scale="std",
+    )
+    assert (PRESETS["dr_grpo"].average, PRESETS["dr_grpo"].scale) == ("fixed", "none")
+    assert (PRESETS["dapo"].objective.clip_low, PRESETS["dapo"].objective.clip_high) == (0.2, 0.28)
+    assert PRESETS["dapo"].average == PRESETS["cispo"].average == "token"
+    assert PRESETS["gspo"].objective.ratio == "sequence"
+    assert PRESETS["cispo"].objective.surrogate == "cispo"
+    assert [name for name, preset in PRESETS.items() if preset.objective.kl_coef > 0] == ["grpo"]
+
+
+def test_configuration_overrides_the_preset_and_zero_is_a_value() -> None:
+    assert algorithm(AlgorithmConfig()) == PRESETS["grpo"]
+    changed = algorithm(AlgorithmConfig(kl_coef=0.0, clip_high=0.3, average="token", scale="loo", kl="k2"))
+    assert changed.objective == replace(PRESETS["grpo"].objective, kl_coef=0.0, clip_high=0.3, kl="k2")
+    assert (changed.average, changed.scale) == ("token", "loo")
+
+
+def rollouts() -> Rollouts:
+    sequences = tiny.sequences([2, 3], [2, 1, 3, 2])
+    T = sequences.response_token_T.numel()
+    return Rollouts(
+        sequences=sequences,
+        prompt_id_P=torch.tensor([7, 8]),
+        rollout_logprob_T=torch.zeros(T),
+        finished_S=torch.ones(4, dtype=torch.bool),
+        weight_version=0,
+        reward_S=torch.tensor([1.0, 0.0, 0.0, 3.0]),
+        ref_logprob_T=-torch.arange(T).float(),
+        old_logprob_T=torch.arange(T).float(),
+    )
+
+
+def config(minibatches: int) -> GrpoConfig:
+    return GrpoConfig(
+        algorithm=AlgorithmConfig(prompts_per_step=2, group_size=2, minibatches=minibatches),
+        sampling=SamplingConfig(max_new_tokens=4),
+    )
+
+
+def test_rows_carry_their_responses_advantage(layout: Parallel) -> None:
+    ((part, rows),) = token_rows(rollouts(), Algorithm(Objective(), scale="none"), config(1), layout)
+    assert part.num_responses == 4
+    # centred on the group's mean: 1/2 for the first group, 3/2 for the second
+    assert rows.advantage_T.tolist() == [0.5, 0.5, -0.5, -1.5, -1.5, -1.5, 1.5, 1.5]
+    torch.testing.assert_close(rows.weight_T, torch.tensor([1 / 8, 1 / 8, 1 / 4, *[1 / 12] * 3, 1 / 8, 1 / 8]))
+    assert torch.equal(rows.old_logprob_T, torch.arange(8.0)) and torch.equal(rows.ref_logprob_T, -torch.arange(8.0))
+
+
+@pytest.mark.parametrize("average", ["response", "token"])
+def test_each_minibatch_is_an_optimizer_step_of_its_own(layout: Parallel, average: str) -> None:
+    algo = Algorithm(Objective(), average=average)
+    (whole, all_rows), parts = *token_rows(rollouts(), algo, config(1), layout), token_rows(
+        rollouts(), algo, config(2), layout
+    )
+    assert [part.num_prompts for part, _ in parts] == [1, 1]
+    assert torch.equal(torch.cat([part.response_token_T for part, _ in parts]), whole.response_token_T)
+    for name in ("advantage_T", "old_logprob_T", "ref_logprob_T"):
+        assert torch.equal(torch.cat([getattr(rows, name) for _, rows in parts]), getattr(all_rows, name))
+    for _, rows in parts:
+        assert float(rows.weight_T.sum()) == pytest.approx(1.0)
+
+
+def test_on_policy_rows_have_no_old_log_probabilities(layout: Parallel) -> None:
+    on_policy = replace(rollouts(), old_logprob_T=None, ref_logprob_T=None)
+    ((_, rows),) = token_rows(on_policy, PRESETS["dapo"], config(1), layout)
+    assert rows.old_logprob_T is None and rows.ref_logprob_T is None
+
+
+def test_taking_rows_keeps_what_is_absent_absent(layout: Parallel) -> None:
+    ((_, rows),) = token_rows(replace(rollouts(), old_logprob_T=None), PRESETS["grpo"], config(1), layout)
+    taken = rows.take(torch.tensor([5, 0]), torch.device("cpu"))
+    assert taken.old_logprob_T is None
+    assert taken.ref_logprob_T.tolist() == [-5.0, 0.0]

@@ -1,0 +1,143 @@
+"""Initialisation, copies and files of weights, on one rank."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from torch import Tensor
+
+from dsm_train.config import ModelConfig, ParallelConfig
+from dsm_train.megatron import weights
+from dsm_train.megatron.model import build_model
+from dsm_train.megatron.parallel import Parallel
+
+
+def initialised(layout: Parallel, config: ModelConfig = tiny.MODEL, seed: int = 0) -> dict[str, Tensor]:
+    built = build_model(config, 64, layout)
+    weights.initialise(built, config, seed, layout)
+    return tiny.full_weights(built)
+
+
+def equal(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_the_same_seed_gives_the_same_weights(layout: Parallel) -> None:
+    first = initialised(layout)
+    assert equal(first, initialised(layout))
+    other = initialised(layout, seed=1)
+    drawn = [name for name in first if "norm" not in name]
+    assert not any(torch.equal(first[name], other[name]) for name in drawn)
+
+
+def test_no_two_weights_start_alike(layout: Parallel) -> None:
+    drawn = [value.flatten()[:100] for name, value in initialised(layout).items() if "norm" not in name]
+    correlation = torch.corrcoef(torch.stack(drawn)) - torch.eye(len(drawn))
+    assert float(correlation.abs().max()) < 0.5
+
+
+def test_weights_have_the_scale_they_should(layout: Parallel) -> None:
+    config = replace(tiny.MODEL, num_layers=4, init_std=0.02)
+    for name, value in initialised(layout, config).items():
+        if "norm" in name:
+            assert bool((value == 1).all())
+        else:
+            # projections into the residual stream are divided by sqrt(2 x 4 layers)
+            into_residual = name.endswith(("linear_proj.weight", "linear_fc2.weight"))
+            assert float(value.std()) == pytest.approx(0.02 / 8**0.5 if into_residual else 0.02, rel=0.1)
+
+
+def test_depth_of_layers_does_not_change_the_others(layout: Parallel) -> None:
+    """A weight depends on its name: a deeper model has the shallow one's embedding and first layers."""
+    shallow, deep = initialised(layout), initialised(layout, replace(tiny.MODEL, num_layers=3))
+    same = [name for name in shallow if "linear_proj" not in name and "linear_fc2" not in name]
+    assert len(deep) > len(shallow) and all(torch.equal(shallow[name], deep[name]) for name in same)
+
+
+def test_a_tied_head_is_the_embedding(layout: Parallel) -> None:
+    built = tiny.chunks(layout, tiny.tied())
+    named = dict(weights.named_weights(built))
+    assert "output_layer.weight" not in named
+    assert built[0].head_weight() is named["embedding.word_embeddings.weight"]
+
+
+@pytest.mark.parametrize("config", [tiny.MODEL, tiny.tied()], ids=["untied", "tied"])
+def test_saved_weights_come_back(config: ModelConfig, layout: Parallel, tmp_path: Path) -> None:
+    written = tiny.chunks(layout, config)
+    weights.save_weights(tmp_path / "w", written, config, layout)
+    assert sorted(path.name for path in (tmp_path / "w").iterdir()) == ["model.json", "model.safetensors"]
+    assert weights.saved_model(tmp_path / "w", ModelConfig()) == replace(config, max_length=ModelConfig().max_length)
+    read = tiny.chunks(layout, config, seed=1)
+    weights.load_weights(tmp_path / "w", read, layout)
+    assert equal(tiny.full_weights(read), tiny.full_weights(written))
+
+
+def test_how_to_run_is_not_what_was_saved(layout: Parallel, tmp_path: Path) -> None:
+    """What the weights do not determine is taken from this run's configuration."""
+    weights.save_weights(tmp_path, tiny.chunks(layout), tiny.MODEL, layout)
+    asked = ModelConfig(layers="local", dtype="bf16", recompute=True, vocab_multiple=8, max_length=7)
+    assert weights.saved_model(tmp_path, asked) == replace(
+        tiny.MODEL, layers="local", dtype="bf16", recompute=True, vocab_multiple=8, max_length=7
+    )
+
+
+@pytest.mark.parametrize("padded", [56, 128])  # fewer and more rows than the 64 that were saved
+def test_the_vocabulary_may_be_padded_differently(padded: int, layout: Parallel, tmp_path: Path) -> None:
+    written = tiny.chunks(layout)
+    weights.save_weights(tmp_path, written, tiny.MODEL, layout)
+    read = build_model(tiny.MODEL, padded, layout)
+    weights.load_weights(tmp_path, read, layout)
+    for name in ("embedding.word_embeddings.weight", "output_layer.weight"):
+        old, new = tiny.full_weights(written)[name], tiny.full_weights(read)[name]
+        assert torch.equal(new[:56], old[:56]) and new.shape[0] == padded
+        assert not new[64:].any()
+
+
+def test_copies_are_independent(layout: Parallel) -> None:
+    source, target = tiny.chunks(layout), tiny.chunks(layout, seed=1)
+    weights.copy_weights(source, target)
+    before = tiny.full_weights(target)
+    assert equal(before, tiny.full_weights(source))
+    with torch.no_grad():
+        for parameter in source[0].parameters():
+            parameter.add_(1)
+    assert equal(before, tiny.full_weights(target))
+
+
+def test_a_folder_without_weights_raises(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"run.init: .*nowhere holds no model.safetensors"):
+        weights.saved_model(tmp_path / "nowhere", ModelConfig())
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"num_layer": 2}'], ids=["not JSON", "no object", "unknown field"])
+def test_a_damaged_description_raises(text: str, tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors").touch()
+    (tmp_path / "model.json").write_text(text)
+    with pytest.raises(ValueError, match=r"run.init: .*model.json"):
+        weights.saved_model(tmp_path, ModelConfig())
+
+
+def test_weights_of_another_model_raise(layout: Parallel, tmp_path: Path) -> None:
+    weights.save_weights(tmp_path, tiny.chunks(layout), tiny.MODEL, layout)
+    wider = replace(tiny.MODEL, ffn_size=64)
+    with pytest.raises(ValueError, match=r"shape \[96, 32\], the model \[128, 32\]"):
+        weights.load_weights(tmp_path, build_model(wider, 64, layout), layout)
+    with pytest.raises(ValueError, match="has no weight decoder.layers.2"):
+        weights.load_weights(tmp_path, build_model(replace(tiny.MODEL, num_layers=3), 64, layout), layout)
+
+
+def test_saving_a_split_model_raises(layout: Parallel, tmp_path: Path) -> None:
+    split = replace(layout, config=ParallelConfig(tp=2))
+    with pytest.raises(ValueError, match="parallel.tp=1"):
+        weights.save_weights(tmp_path / "w", [], tiny.MODEL, split)
+    assert not (tmp_path / "w").exists()
+
+
+def test_the_description_is_plain_json(layout: Parallel, tmp_path: Path) -> None:
+    weights.save_weights(tmp_path, tiny.chunks(layout), tiny.MODEL, layout)
+    assert json.loads((tmp_path / "model.json").read_text())["num_kv_heads"] == 2
