@@ -55,8 +55,7 @@ def arithmetic_tasks(
 ) -> list[Task]:
     """Tasks of the given kinds from one side of the split, in an order that `seed` draws.
 
-    Operands are 0 to 10**digits - 1 (2 and up in stories, 2 to 9 for a product's second factor); differences are never
-    negative. `count` is shared evenly among the kinds, and what a small kind lacks the others give; None means all.
+    Operands have exactly `digits` digits (a product's second factor is 2 to 9); differences are never negative. `count` is shared evenly among the kinds, and what a small kind lacks the others give; None means all.
     `style` sets `Task.solution`: the bare answer, or column steps that end in "#### answer". The same arguments give
     the same list on every machine. `Task.id` is the same for a task in every such list of one `digits`.
 

@@ -5,6 +5,7 @@ T loss rows, D hidden, V vocabulary.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -152,10 +153,11 @@ class TrainableModel(Model):
 
         Raises `FloatingPointError` when the norm is not finite: the weights are left as they were.
         """
-        lr_stepped, grad_norm, _ = self.optimizer.step()
-        norm = float(grad_norm)
-        if not lr_stepped or norm != norm or norm == float("inf"):
+        self.optimizer.prepare_grads()
+        norm = float(self.optimizer.get_grad_norm())
+        if not math.isfinite(norm):  # without loss scaling, upstream's step would write it into the weights
             raise FloatingPointError(f"the gradient norm is {norm} at optimizer step {self.steps}")
+        self.optimizer.step()
         self.schedule.step(increment=1)
         self.steps += 1
         return norm
