@@ -11,9 +11,9 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from dsm_train.cli import to_yaml, user_errors
-from dsm_train.config import OptimConfig, ParallelConfig, SamplingConfig, StageConfig
+from dsm_train.config import GrpoConfig, OptimConfig, ParallelConfig, SamplingConfig, SftConfig, StageConfig
 from dsm_train.data import Task, Tokenizer
-from dsm_train.data.source import Tasks, load_tasks, make_tokenizer
+from dsm_train.data.source import Tasks, load_tasks, make_tokenizer, solved
 from dsm_train.eval.evaluate import Evaluator
 from dsm_train.megatron import parallel, platform, weights
 from dsm_train.megatron.model import HiddenGPTModel, build_model, padded_vocab, uses_transformer_engine
@@ -128,7 +128,11 @@ def start(config: StageConfig, sampling: SamplingConfig, prog: str) -> Iterator[
         tokenizer = make_tokenizer(config.data, config.run.init, tasks.train)
         vocab = padded_vocab(tokenizer.vocab_size, config.model.vocab_multiple, config.parallel.tp)
         parallel.check_layout(config.parallel, config.model, vocab)
-        check_lengths(config, sampling, tasks, tokenizer)
+        check_whole(config.parallel)
+        check_lengths(config, sampling, (*tasks.train, *tasks.heldout), tokenizer)
+        check_solutions(config, tasks, tokenizer)
+        if config.run.init is not None:
+            weights.check_vocabulary(config.run.init, tokenizer.vocab_size)
         uses_transformer_engine(config.model)
         prepare_output(config.run.out)
         threads = parallel.set_threads(config.run.threads)
@@ -157,9 +161,19 @@ def check_batch(layout: ParallelConfig, name: str, size: int, minibatches: int =
                          f"= {replicas * minibatches}; got {size}")
 
 
-def check_lengths(config: StageConfig, sampling: SamplingConfig, tasks: Tasks, tokenizer: Tokenizer) -> None:
-    """Raise `ValueError` when a prompt leaves no room for its response, or exceeds a micro-batch."""
-    lengths = [(len(tokenizer.encode(task.prompt)), task) for task in (*tasks.train, *tasks.heldout)]
+def check_whole(layout: ParallelConfig) -> None:
+    """Raise `ValueError` for a model that is split over ranks: rollouts, losses and files of one are still to come."""
+    if layout.tp * layout.pp > 1:
+        raise ValueError(f"parallel.tp = {layout.tp}, parallel.pp = {layout.pp}: training a split model is not built yet; "
+                         "use parallel.tp=1 parallel.pp=1, where more ranks are data-parallel replicas")
+
+
+def check_lengths(config: StageConfig, sampling: SamplingConfig, tasks: Sequence[Task], tokenizer: Tokenizer) -> None:
+    """Raise `ValueError` when a prompt is empty, leaves no room for its response, or exceeds a micro-batch."""
+    lengths = [(len(tokenizer.encode(task.prompt)), task) for task in tasks]
+    shortest, task = min(lengths, key=lambda item: item[0])
+    if shortest == 0:
+        raise ValueError(f"the prompt of task {task.id} has no token: there is nothing to continue")
     longest, task = max(lengths, key=lambda item: item[0])
     total, limit = longest + sampling.max_new_tokens, config.model.max_length
     if total > limit:
@@ -168,6 +182,23 @@ def check_lengths(config: StageConfig, sampling: SamplingConfig, tasks: Tasks, t
     if total > config.run.max_tokens:
         raise ValueError(f"run.max_tokens = {config.run.max_tokens} is less than the longest prompt ({longest} tokens) "
                          f"plus sampling.max_new_tokens = {sampling.max_new_tokens}")
+
+
+def check_solutions(config: StageConfig, tasks: Tasks, tokenizer: Tokenizer) -> None:
+    """Raise `ValueError` when supervised training is asked for and lacks solutions, or has one too long to pack."""
+    training = config.sft if isinstance(config, SftConfig) else config.warmup if isinstance(config, GrpoConfig) else None
+    if training is None or not training.steps:
+        return
+    examples = solved(tasks.train, training.examples)
+    if not examples:
+        raise ValueError(f"supervised training needs worked solutions, and {config.data.path} has answers alone: write "
+                         "them before '#### answer', or set steps=0")
+    lengths = [(len(tokenizer.encode(task.prompt)) + len(tokenizer.encode(task.solution or "")), task)
+               for task in examples]
+    longest, task = max(lengths, key=lambda item: item[0])
+    if longest > config.run.max_tokens:
+        raise ValueError(f"run.max_tokens = {config.run.max_tokens} is less than prompt and solution of task {task.id}, "
+                         f"{longest} tokens: {task.prompt[:60]!r}...")
 
 
 def served_by(config: StageConfig, layout: Parallel, threads: int) -> list[tuple[str, str]]:

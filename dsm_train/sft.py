@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from dsm_train.config import SftConfig, SftTraining
 from dsm_train.data import Task, Tokenizer
-from dsm_train.data.source import draw
+from dsm_train.data.source import draw, solved
 from dsm_train.eval.evaluate import Evaluator
 from dsm_train.grpo import token_weights
 from dsm_train.megatron.step import Loss, TrainableModel
@@ -32,7 +32,7 @@ def train_sft(config: SftConfig) -> None:
 
 def supervise(run: Run, model: TrainableModel, config: SftTraining, evaluator: Evaluator) -> dict[str, object]:
     """Train on worked solutions, token mean over each step; returns what it came to, for the report."""
-    tasks = [task for task in run.tasks.train if task.solution is not None][: config.examples]
+    tasks = solved(run.tasks.train, config.examples)
     every, seed = run.config.eval.every, run.config.run.seed
     accuracy = evaluator.greedy_accuracy(run.eval_tasks())
     with run.progress("sft", config.steps) as progress:

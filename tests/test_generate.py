@@ -55,8 +55,11 @@ def best_next(policy: Model, sequences: list[list[int]]) -> list[int]:
 
 
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())
-@pytest.mark.parametrize("sampling", [SAMPLING, replace(SAMPLING, temperature=0.6, top_p=0.9, top_k=20), GREEDY],
-                         ids=["plain", "truncated", "greedy"])
+@pytest.mark.parametrize(
+    "sampling",
+    [SAMPLING, replace(SAMPLING, temperature=0.6, top_p=0.9, top_k=20), GREEDY],
+    ids=["plain", "truncated", "greedy"],
+)
 def test_log_probabilities_are_the_trainers(config: ModelConfig, sampling: SamplingConfig, layout: Parallel) -> None:
     policy = tiny.model(layout, config)
     rollouts = EmbeddedEngine(policy, STOP, seed=0).generate(PROMPTS, 3, sampling, step=0)

@@ -47,9 +47,7 @@ def test_the_papers_advantage_by_hand() -> None:
     # rewards 1, 0, 0, 1: mean 1/2, sample deviation sqrt(1/3)
     reward_S, group_cu = torch.tensor([1.0, 0.0, 0.0, 1.0]), torch.tensor([0, 4], dtype=torch.int32)
     a = 0.5 * 3**0.5
-    torch.testing.assert_close(
-        group_advantage(reward_S, group_cu), torch.tensor([a, -a, -a, a]), rtol=1e-5, atol=0
-    )
+    torch.testing.assert_close(group_advantage(reward_S, group_cu), torch.tensor([a, -a, -a, a]), rtol=1e-5, atol=0)
 
 
 def test_presets_are_the_papers() -> None:
@@ -107,8 +105,9 @@ def test_rows_carry_their_responses_advantage(layout: Parallel) -> None:
 @pytest.mark.parametrize("average", ["response", "token"])
 def test_each_minibatch_is_an_optimizer_step_of_its_own(layout: Parallel, average: str) -> None:
     algo = Algorithm(Objective(), average=average)
-    (whole, all_rows), parts = *token_rows(rollouts(), algo, config(1), layout), token_rows(
-        rollouts(), algo, config(2), layout
+    (whole, all_rows), parts = (
+        *token_rows(rollouts(), algo, config(1), layout),
+        token_rows(rollouts(), algo, config(2), layout),
     )
     assert [part.num_prompts for part, _ in parts] == [1, 1]
     assert torch.equal(torch.cat([part.response_token_T for part, _ in parts]), whole.response_token_T)

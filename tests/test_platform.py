@@ -14,6 +14,7 @@ from triton_kernels import implementations
 
 without_cuda = pytest.mark.skipif(torch.cuda.is_available(), reason="CUDA present: nothing is adapted")
 
+
 @without_cuda
 def test_torch_itself_is_unchanged_but_for_tensor_cuda() -> None:
     # With the adaptation undone in between, enable() runs over a namespace whose imports are all done.
@@ -103,8 +104,15 @@ def test_every_op_says_what_serves_it() -> None:
     known = {"C++", "Triton", "Triton (interpreter)", "PyTorch reference"}
     assert {by for row in table.values() for by in row.values()} <= known
     ops = {name.removesuffix("_fwd").removesuffix("_bwd") for name in table}
-    assert ops == {"group_advantage", "process_advantage", "token_kl", "grpo_loss", "group_grpo_loss", "linear_logprob",
-                   "packed_attention"}
+    assert ops == {
+        "group_advantage",
+        "process_advantage",
+        "token_kl",
+        "grpo_loss",
+        "group_grpo_loss",
+        "linear_logprob",
+        "packed_attention",
+    }
 
 
 @pytest.mark.no_interpret

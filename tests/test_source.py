@@ -15,7 +15,10 @@ TASKS = [Task(id=i, prompt=f"{i}", answer=str(i), solution=None) for i in range(
 
 
 def write_jsonl(path: Path, numbers: range) -> Path:
-    rows = [{"question": f"What is {n} + {n}?", "answer": f"{n}+{n}=<<{n}+{n}={2 * n}>>{2 * n}\n#### {2 * n}"} for n in numbers]
+    rows = [
+        {"question": f"What is {n} + {n}?", "answer": f"{n}+{n}=<<{n}+{n}={2 * n}>>{2 * n}\n#### {2 * n}"}
+        for n in numbers
+    ]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
 

@@ -22,9 +22,7 @@ from dsm_train.types import Sequences
 
 VOCAB = 50  # padded to 64, so that 14 rows of the head belong to no token
 # An initial scale of 0.3 keeps the tokens' logits well apart. Two query heads per key head: grouped-query attention.
-MODEL = ModelConfig(
-    num_layers=2, hidden_size=32, num_heads=4, num_kv_heads=2, ffn_size=48, max_length=64, init_std=0.3
-)
+MODEL = ModelConfig(num_layers=2, hidden_size=32, num_heads=4, num_kv_heads=2, ffn_size=48, max_length=64, init_std=0.3)
 
 
 def chunks(layout: Parallel, config: ModelConfig = MODEL, seed: int = 0) -> list[HiddenGPTModel]:

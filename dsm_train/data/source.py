@@ -52,6 +52,11 @@ def make_tokenizer(config: DataConfig, init: Path | None, tasks: Sequence[Task])
     return train_tokenizer((text for t in tasks for text in (t.prompt, t.solution or t.answer)), config.vocab_size)
 
 
+def solved(tasks: Sequence[Task], count: int | None) -> list[Task]:
+    """The first `count` tasks with a worked solution, which supervised training learns from; None: all."""
+    return [task for task in tasks if task.solution is not None][:count]
+
+
 def draw(tasks: Sequence[Task], count: int, step: int, seed: int) -> list[Task]:
     """The tasks of one step: the next `count` of an endless sequence of shuffled passes, a function of its arguments."""
     orders: dict[int, list[int]] = {}

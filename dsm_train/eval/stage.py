@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+
+from dsm_train.cli import user_errors
 from dsm_train.config import EvaluateConfig, GenerateConfig
-from dsm_train.run import start
+from dsm_train.data import Task
+from dsm_train.run import check_lengths, start
 from dsm_train.types import Prompt
 
 
@@ -25,6 +28,9 @@ def generate(config: GenerateConfig) -> None:
     """Stage `generate`: prints responses."""
     with start(config, config.sampling, "dsm-train generate") as run:
         texts = config.prompts or tuple(task.prompt for task in run.tasks.heldout[:4])
+        with user_errors("dsm-train generate"):
+            given = [Task(i, text, answer="", solution=None) for i, text in enumerate(texts)]
+            check_lengths(config, config.sampling, given, run.tokenizer)
         prompts = [Prompt(i, run.tokenizer.encode(text)) for i, text in enumerate(texts)]
         rollouts = run.engine(run.model()).generate(prompts, config.num_samples, config.sampling, step=-1)
         for s, p in enumerate(rollouts.sequences.prompt_of_response_S.tolist()):

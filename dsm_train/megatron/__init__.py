@@ -3,3 +3,7 @@
 from dsm_train.megatron import platform
 
 platform.enable()
+
+from dsm_train.megatron import fixes  # noqa: E402 (imports megatron-core, which must be adapted first)
+
+fixes.apply()

@@ -10,6 +10,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.tensor_parallel.layers import (
+    ColumnParallelLinear,
+    RowParallelLinear,
+    VocabParallelEmbedding,
+    set_tensor_model_parallel_attributes,
+)
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
@@ -83,6 +89,7 @@ def transformer_config(model: ModelConfig, parallel: ParallelConfig) -> Transfor
         recompute_granularity="full" if model.recompute else None,
         recompute_method="uniform" if model.recompute else None,
         recompute_num_layers=1 if model.recompute else None,
+        cuda_graph_scope=[],  # the default warns that it is deprecated
         use_cpu_initialization=True,
         perform_initialization=False,
         persist_layer_norm=False,
@@ -116,8 +123,18 @@ def build_model(model: ModelConfig, vocab_size: int, parallel: Parallel) -> list
             pg_collection=parallel.groups,
             vp_stage=vp_stage,
         )
+        _mark_shards(chunk)
         chunks.append(chunk.to(platform.device()))
     return chunks
+
+
+def _mark_shards(chunk: HiddenGPTModel) -> None:
+    """Note on each weight how it is split. Megatron's layers do so only when they draw the weights themselves, yet the
+    gradient norm, our initialisation and our files go by these notes."""
+    for module in chunk.modules():
+        dim = {ColumnParallelLinear: 0, VocabParallelEmbedding: 0, RowParallelLinear: 1}.get(type(module))
+        if dim is not None and module.weight is not None:
+            set_tensor_model_parallel_attributes(module.weight, is_parallel=True, dim=dim, stride=1)
 
 
 def forward_hidden(chunk: torch.nn.Module, model: ModelConfig, token_N: Tensor, position_N: Tensor,

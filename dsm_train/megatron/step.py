@@ -102,12 +102,12 @@ class TrainableModel(Model):
                  optim: OptimConfig, total_steps: int) -> None:
         super().__init__(config, vocab_size, chunks, parallel)
         layout, megatron = parallel.config, chunks[0].config
-        overlap_gather = layout.overlap and layout.distributed_optimizer
+        # Weights are gathered at once after an update, never while the next forward pass runs (overlap_param_gather):
+        # generation reads them without passing through the wrapper that would wait for them.
         ddp = DistributedDataParallelConfig(
             grad_reduce_in_fp32=True,
             use_distributed_optimizer=layout.distributed_optimizer,
             overlap_grad_reduce=layout.overlap,
-            overlap_param_gather=overlap_gather,
         )
         self.modules = [
             DistributedDataParallel(megatron, ddp, module, disable_bucketing=i > 0, pg_collection=parallel.groups)
@@ -119,20 +119,20 @@ class TrainableModel(Model):
     def restart(self, optim: OptimConfig, total_steps: int) -> None:
         """A fresh optimizer and schedule for `total_steps` more steps; the weights stay."""
         layout, megatron = self.parallel.config, self.chunks[0].config
-        overlap_gather = layout.overlap and layout.distributed_optimizer
         self.optimizer = get_megatron_optimizer(
             OptimizerConfig(
                 optimizer="adam", lr=optim.lr, min_lr=optim.min_lr, weight_decay=optim.weight_decay,
                 adam_beta1=optim.beta1, adam_beta2=optim.beta2, adam_eps=optim.eps, clip_grad=optim.clip_grad,
                 bf16=self.config.dtype == "bf16", params_dtype=megatron.params_dtype,
-                use_distributed_optimizer=layout.distributed_optimizer, overlap_param_gather=overlap_gather,
+                use_distributed_optimizer=layout.distributed_optimizer,
             ),
             self.modules,
             use_gloo_process_groups=False,
             pg_collection=None,
         )
         self.schedule = OptimizerParamScheduler(
-            self.optimizer, init_lr=0.0, max_lr=optim.lr, min_lr=optim.min_lr, lr_warmup_steps=optim.warmup_steps,
+            # From lr / (warmup_steps + 1) in equal steps to lr: a warm-up from 0 would lose its first step.
+            self.optimizer, init_lr=optim.lr / (optim.warmup_steps + 1), max_lr=optim.lr, min_lr=optim.min_lr, lr_warmup_steps=optim.warmup_steps,
             lr_decay_steps=max(total_steps, optim.warmup_steps + 1), lr_decay_style=optim.schedule,
             start_wd=optim.weight_decay, end_wd=optim.weight_decay, wd_incr_steps=0, wd_incr_style="constant",
         )

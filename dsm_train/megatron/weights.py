@@ -14,6 +14,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -62,7 +63,10 @@ def initialise(chunks: Sequence[HiddenGPTModel], model: ModelConfig, seed: int, 
         if "norm" in name:
             parameter.fill_(1.0)
             continue
-        generator = torch.Generator().manual_seed(_name_seed(seed, name))
+        # A tied head on another pipeline stage must start as the embedding's copy.
+        tied_copy = model.tied_head and name == "output_layer.weight"
+        drawn_as = "embedding.word_embeddings.weight" if tied_copy else name
+        generator = torch.Generator().manual_seed(_name_seed(seed, drawn_as))
         std = model.init_std
         if name.endswith(("linear_proj.weight", "linear_fc2.weight")):
             std /= (2 * model.num_layers) ** 0.5
@@ -71,8 +75,6 @@ def initialise(chunks: Sequence[HiddenGPTModel], model: ModelConfig, seed: int, 
 
 
 def _name_seed(seed: int, name: str) -> int:
-    # A tied head on another pipeline stage must start as the embedding's copy.
-    name = name.replace("output_layer", "embedding.word_embeddings") if name == "output_layer.weight" else name
     return int.from_bytes(hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=8).digest(), "little") >> 1
 
 
@@ -114,6 +116,18 @@ def saved_model(folder: Path, model: ModelConfig) -> ModelConfig:
     except (TypeError, ValueError) as error:
         raise ValueError(f"run.init: {folder / MODEL_FILE} does not describe a model ({error}): write it anew") from error
     return replace(saved, **{name: getattr(model, name) for name in _AS_GIVEN})
+
+
+def check_vocabulary(folder: Path, vocab_size: int) -> None:
+    """Raise `ValueError` when the weights file cannot be read, or has no row for some token."""
+    try:
+        with safe_open(folder / WEIGHTS_FILE, framework="pt") as file:
+            rows = file.get_slice("embedding.word_embeddings.weight").get_shape()[0]
+    except SafetensorError as error:
+        raise ValueError(f"run.init: {folder / WEIGHTS_FILE} is damaged ({error}): write it anew") from error
+    if rows < vocab_size:
+        raise ValueError(f"run.init: {folder} has weights for {rows} tokens, and the tokenizer {vocab_size}: use the "
+                         "tokenizer that lies beside the weights")
 
 
 @torch.no_grad()

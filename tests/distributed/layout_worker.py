@@ -1,6 +1,6 @@
 """One rank of `test_layouts.py`: builds a layout, trains one step and writes what it holds.
 
-    python layout_worker.py RANK WORLD_SIZE STORE OUT CASE...
+python layout_worker.py RANK WORLD_SIZE STORE OUT CASE...
 """
 
 from __future__ import annotations

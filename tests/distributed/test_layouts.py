@@ -82,7 +82,7 @@ def test_tensor_parallel_shards_are_slices_of_the_whole(name: str, ranks: Ranks)
         if "vocab" in key or "word_embeddings" in key or "output_layer" in key:
             # the vocabulary is padded to 64 per rank: the first 64 rows are on rank 0
             assert shards[0][key].shape == shards[1][key].shape == full.shape
-            assert torch.equal(shards[0][key], full)
+            assert torch.equal(shards[0][key], full) and not torch.equal(shards[1][key], full)
         elif shards[0][key].shape == full.shape:
             assert "norm" in key
             assert all(torch.equal(shard[key], full) for shard in shards)
@@ -139,16 +139,17 @@ def test_what_is_not_built_for_a_split_model_says_so(name: str, ranks: Ranks) ->
         assert "saving" in saving and "parallel.tp=1 parallel.pp=1" in saving
 
 
-@pytest.mark.parametrize("split", ["parallel.tp=2", "parallel.pp=2"])
-def test_the_command_line_refuses_a_split_before_training(split: str, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=0",
-               "-m", "dsm_train", "grpo", split, f"run.out={tmp_path}"]  # fmt: skip
-    result = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=90)
-    ours = [line for line in result.stderr.splitlines() if line.startswith("dsm-train grpo: ")]
-    assert result.returncode != 0 and ours, result.stderr
-    assert all(f"{split.split('=')[0]}" in line and "parallel.tp=1 parallel.pp=1" in line for line in ours)
-    assert "File \"" not in "\n".join(result.stderr.split("torch/distributed")[:1])  # no traceback of ours
-    assert not list(tmp_path.iterdir())
+def test_torchrun_refuses_a_split_before_training(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone",
+               "-m", "dsm_train", "grpo", "parallel.tp=2", f"run.out={tmp_path / 'run'}"]  # fmt: skip
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    result = subprocess.run(command, capture_output=True, text=True, env=env, timeout=120)
+    # torchrun adds a report of its own below what the ranks say
+    ours, _, report = result.stderr.partition("torch/distributed")
+    lines = [line for line in ours.splitlines() if "dsm-train" in line]
+    assert result.returncode != 0 and report and 1 <= len(lines) <= 2, result.stderr
+    assert all(line.startswith("dsm-train grpo: parallel.tp = 2") and "parallel.tp=1" in line for line in lines)
+    assert "Traceback" not in ours and not (tmp_path / "run").exists()
 
 
 def assert_equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
