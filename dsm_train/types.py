@@ -6,7 +6,7 @@ int32 offsets, first 0, last the total.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -114,8 +114,8 @@ class Rollouts:
     """True where a stop token ended the response, False where the length limit did."""
     weight_version: int
     """Optimizer steps that the sampling weights had seen."""
-    reward_S: Tensor | None = None
-    """Reward per response; None until scored."""
+    reward_S: Tensor = field(default_factory=lambda: torch.empty(0))
+    """Reward per response; empty until scored."""
     ref_logprob_T: Tensor | None = None
     """Log-probabilities under the reference model; None until computed, or when kl_coef is 0."""
     old_logprob_T: Tensor | None = None

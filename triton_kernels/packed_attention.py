@@ -9,7 +9,7 @@ where it may differ), B sequences of one bucket, L and M their padded queries an
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -23,6 +23,28 @@ _LEAST = -80.0
 """exp of less is nothing beside 1 in fp64, and slow to compute where it underflows."""
 
 
+@overload
+def packed_attention(
+    q_THK: Tensor,
+    k: Tensor,
+    v: Tensor,
+    layout: PackedLayout,
+    *,
+    scale: float | None = None,
+    window: int | None = None,
+    return_lse: Literal[False] = False,
+) -> Tensor: ...
+@overload
+def packed_attention(
+    q_THK: Tensor,
+    k: Tensor,
+    v: Tensor,
+    layout: PackedLayout,
+    *,
+    scale: float | None = None,
+    window: int | None = None,
+    return_lse: Literal[True],
+) -> tuple[Tensor, Tensor]: ...
 def packed_attention(
     q_THK: Tensor,
     k: Tensor,

@@ -47,8 +47,9 @@ def load_tasks(config: DataConfig) -> Tasks:
 
 def make_tokenizer(config: DataConfig, init: Path | None, tasks: Sequence[Task]) -> Tokenizer:
     """The tokenizer that was asked for, that of the weights to start from, or one trained on the training tasks."""
-    if config.tokenizer is not None or init is not None:
-        return load_tokenizer(config.tokenizer or init)
+    path = config.tokenizer or init
+    if path is not None:
+        return load_tokenizer(path)
     return train_tokenizer((text for t in tasks for text in (t.prompt, t.solution or t.answer)), config.vocab_size)
 
 

@@ -5,13 +5,12 @@ N packed tokens, H heads, K head size.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.packed_seq_params import PackedSeqParams
-from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
@@ -22,7 +21,7 @@ from triton_kernels import PackedLayout, packed_attention
 class Attend(Protocol):
     """How the tokens of a forward pass see each other: `attend(layer, q_NHK, k, v, scale) -> out_NHK`."""
 
-    def __call__(self, layer: int, q_NHK: Tensor, k_NHK: Tensor, v_NHK: Tensor, scale: float) -> Tensor: ...
+    def __call__(self, layer: int, q_NHK: Tensor, k_NHK: Tensor, v_NHK: Tensor, scale: float, /) -> Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -40,9 +39,10 @@ class Tokens(PackedSeqParams):
     """What our core attention needs to know of a forward pass; travels through Megatron as `packed_seq_params`."""
 
     qkv_format: str = "thd"
-    attend: Attend | None = None
-    cos_NK: Tensor | None = None
-    sin_NK: Tensor | None = None
+    # The base class gives its fields defaults, so these need them too; they are always given.
+    attend: Attend = field(kw_only=True)
+    cos_NK: Tensor = field(kw_only=True)
+    sin_NK: Tensor = field(kw_only=True)
 
 
 def rotary_tables(position_N: Tensor, head_size: int, base: float) -> tuple[Tensor, Tensor]:
@@ -65,6 +65,7 @@ class CoreAttention(torch.nn.Module):
     def __init__(self, config: TransformerConfig, layer_number: int, *args: Any, softmax_scale: float | None = None,
                  **kwargs: Any) -> None:
         super().__init__()
+        assert config.kv_channels is not None, "TransformerConfig sets it when it is not given"
         self.layer = layer_number
         self.scale = softmax_scale or config.kv_channels**-0.5
 
@@ -82,8 +83,8 @@ class RMSNorm(torch.nn.Module):
         super().__init__()
         self.eps = eps
         self.weight = torch.nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype))
-        # finalize_model_grads sums the gradient of such weights over the tensor-parallel ranks.
-        self.weight.sequence_parallel = config.sequence_parallel
+        # finalize_model_grads sums the gradient of weights so marked over the tensor-parallel ranks.
+        setattr(self.weight, "sequence_parallel", config.sequence_parallel)  # noqa: B010 (no attribute of Parameter's)
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.nn.functional.rms_norm(x, x.shape[-1:], self.weight, self.eps)
@@ -96,14 +97,14 @@ def transformer_engine_available() -> bool:
     return HAVE_TE and torch.cuda.is_available()
 
 
-def block_spec(config: TransformerConfig, transformer_engine: bool, vp_stage: int | None) -> TransformerBlockSubmodules:
+def block_spec(config: TransformerConfig, transformer_engine: bool, vp_stage: int | None) -> Any:
     """Layers of this rank's chunk: Transformer Engine's or Megatron's local ones, with our core attention."""
     if transformer_engine:
         from megatron.core.extensions.transformer_engine import TENorm
         from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
 
-        layer: ModuleSpec = get_gpt_layer_with_transformer_engine_spec()
-        norm: type = TENorm
+        layer: Any = get_gpt_layer_with_transformer_engine_spec()
+        norm: Any = TENorm
     else:
         layer, norm = get_gpt_layer_local_spec(normalization="RMSNorm"), RMSNorm
         layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = RMSNorm

@@ -35,7 +35,9 @@ class HiddenGPTModel(GPTModel):
         """The output head [V, D] (this rank's vocabulary shard), tied or not."""
         if self.share_embeddings_and_output_weights:
             return self.shared_embedding_or_output_weight()
-        return self.output_layer.weight
+        weight = self.output_layer.weight
+        assert weight is not None, "this stage has no head"
+        return weight
 
 
 def padded_vocab(vocab_size: int, multiple: int, tp: int) -> int:

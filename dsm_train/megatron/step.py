@@ -48,7 +48,7 @@ class Model:
         self.config, self.vocab_size, self.parallel = config, vocab_size, parallel
         self.chunks = list(chunks)
         bf16 = config.dtype == "bf16"
-        self.modules: list[torch.nn.Module] = [Float16Module(c.config, c) if bf16 else c for c in chunks]
+        self.modules: list[Any] = [Float16Module(c.config, c) if bf16 else c for c in chunks]
 
     def _run(self, loss_of: Callable[[Head, MicroBatch], Any], micro_batches: Sequence[MicroBatch], *,
              train: bool) -> list[Any]:
@@ -139,7 +139,8 @@ class TrainableModel(Model):
         megatron.finalize_model_grads_func = finalize_model_grads
         megatron.grad_scale_func = self.optimizer.scale_loss
         syncs = [module.no_sync for module in self.modules]
-        megatron.no_sync_func = (syncs if len(syncs) > 1 else syncs[0]) if layout.overlap else None
+        no_sync: Any = syncs if len(syncs) > 1 else syncs[0]
+        megatron.no_sync_func = no_sync if layout.overlap else None
 
     def forward_backward(self, micro_batches: Sequence[MicroBatch], loss: Loss) -> list[LossOutput]:
         """Accumulate the gradient of the sum of the micro-batches' losses; gives the last stage's loss outputs."""

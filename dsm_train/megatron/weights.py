@@ -34,7 +34,7 @@ def named_weights(chunks: Sequence[HiddenGPTModel]) -> Iterator[tuple[str, torch
         for name, parameter in chunk.named_parameters():
             match = _LAYER.match(name)
             if match:
-                layer = chunk.decoder.layers[int(match[1])].layer_number - 1
+                layer = int(chunk.decoder.layers[int(match[1])].layer_number) - 1  # type: ignore[arg-type]
                 name = f"decoder.layers.{layer}.{match[2]}"
             yield name, parameter
 
@@ -46,13 +46,18 @@ def shard(name: str, full: Tensor, parameter: torch.nn.Parameter, parallel: Para
         return full
     if "linear_fc1" in name:  # [gate | up], each split on its own
         return torch.cat([half.chunk(tp)[rank] for half in full.chunk(2)])
-    return full.chunk(tp, dim=parameter.partition_dim)[rank]
+    return full.chunk(tp, dim=_partition_dim(parameter))[rank]
+
+
+def _partition_dim(parameter: torch.nn.Parameter) -> int:
+    """The dimension along which Megatron splits a weight; an attribute of its own on the parameter."""
+    return getattr(parameter, "partition_dim")  # noqa: B009
 
 
 def _full_shape(parameter: torch.nn.Parameter, tp: int) -> list[int]:
     shape = list(parameter.shape)
     if getattr(parameter, "tensor_model_parallel", False):
-        shape[parameter.partition_dim] *= tp
+        shape[_partition_dim(parameter)] *= tp
     return shape
 
 

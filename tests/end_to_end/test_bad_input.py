@@ -109,11 +109,11 @@ def test_missing_data(tmp_path: Path, capsys: Capsys) -> None:
 
 def test_a_prompt_longer_than_the_limit(tmp_path: Path, capsys: Capsys) -> None:
     data = write_gsm8k(tmp_path / "data.jsonl", 20)
-    rows = data.read_text() + json.dumps({"question": "long " * 50, "answer": "1"}) + "\n"
+    rows = data.read_text() + json.dumps({"question": "12345" * 40, "answer": "1"}) + "\n"
     data.write_text(rows)
     line = refused(capsys, "grpo", *GRPO, f"run.out={tmp_path / 'run'}", f"data.path={data}", "data.heldout_tasks=5",
                    "model.max_length=150", "run.max_tokens=1000")  # fmt: skip
-    assert "task 21 " in line and "model.max_length = 150" in line and "long long" in line
+    assert "task 21 " in line and "model.max_length = 150" in line and "1234512345" in line
     assert not (tmp_path / "run").exists()
 
 
@@ -121,10 +121,11 @@ def test_a_prompt_longer_than_the_limit(tmp_path: Path, capsys: Capsys) -> None:
 def test_a_solution_longer_than_a_micro_batch(arguments: list[str], tmp_path: Path, capsys: Capsys) -> None:
     """Only supervised training packs solutions."""
     data = write_gsm8k(tmp_path / "data.jsonl", 20)
-    long = {"question": "How long?", "answer": "Very " + "long " * 60 + "\n#### 1"}
+    heldout = write_gsm8k(tmp_path / "heldout.jsonl", 5)
+    long = {"question": "How long?", "answer": "12345" * 30 + "\n#### 1"}
     data.write_text(data.read_text() + json.dumps(long) + "\n")
-    common = [*GRPO, f"run.out={tmp_path / 'run'}", f"data.path={data}", "data.heldout_tasks=5", "steps=1",
-              "model.max_length=120", "run.max_tokens=120", "data.seed=1"]  # fmt: skip
+    common = [*GRPO, f"run.out={tmp_path / 'run'}", f"data.path={data}", f"data.heldout_path={heldout}", "steps=1",
+              "model.max_length=120", "run.max_tokens=120"]  # fmt: skip
     if arguments:
         line = refused(capsys, "grpo", *common, *arguments)
         assert "task 21 " in line and "run.max_tokens = 120" in line, line
@@ -167,11 +168,12 @@ def test_damaged_weights(damage: str, words: list[str], tmp_path: Path, capsys: 
 
 
 def test_a_tokenizer_that_the_weights_have_no_rows_for(tmp_path: Path, capsys: Capsys) -> None:
+    words = ("data.kinds=[word]", "data.train_tasks=200", "data.heldout_tasks=12", "model.vocab_multiple=1")
     for size in (258, 300):
-        run("sft", *TINY, f"run.out={tmp_path / str(size)}", "sft.steps=1", f"data.vocab_size={size}", "data.kinds=[word]",
-            "run.max_tokens=1000", "model.max_length=200", "sampling.max_new_tokens=5", "model.vocab_multiple=1")  # fmt: skip
+        run("sft", *TINY, f"run.out={tmp_path / str(size)}", "sft.steps=1", f"data.vocab_size={size}", *words,
+            "run.max_tokens=1000", "model.max_length=200", "sampling.max_new_tokens=5")  # fmt: skip
     line = refused(capsys, "eval", f"run.init={tmp_path / '258' / 'weights'}", f"run.out={tmp_path / 'run'}",
-                   f"data.tokenizer={tmp_path / '300' / 'weights'}", "data.kinds=[word]", "model.vocab_multiple=1",
+                   f"data.tokenizer={tmp_path / '300' / 'weights'}", *words, "model.max_length=200",
                    "sampling.max_new_tokens=5")  # fmt: skip
     assert "258" in line and "300" in line, line
 

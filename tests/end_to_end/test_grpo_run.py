@@ -196,7 +196,8 @@ def learn(out: Path, *arguments: str) -> list[dict[str, Any]]:
     data.write_text(
         "".join(json.dumps({"question": f"{a} {b}", "answer": f"#### {max(a, b)}"}) + "\n" for a, b in pairs)
     )
-    run("grpo", *TINY, f"run.out={out}", f"data.path={data}", "data.prompt_template={question}=", "data.heldout_tasks=10",
+    run("grpo", *TINY, f"run.out={out}", f"data.path={data}", "data.prompt_template={question}=",
+        "data.heldout_tasks=10",
         "warmup.steps=60", "warmup.batch=32", "warmup.examples=12", "warmup.optim.lr=3e-3", "sampling.max_new_tokens=6",
         "algorithm.prompts_per_step=16", "algorithm.group_size=8", "optim.lr=1e-3", "steps=80", "run.max_tokens=4096",
         *arguments)  # fmt: skip
