@@ -12,8 +12,10 @@ from setuptools import find_packages, setup
 try:
     from torch.utils.cpp_extension import BuildExtension, CppExtension
 except ModuleNotFoundError:
-    sys.exit("building dsm needs torch and setuptools first: pip install -c constraints.txt torch setuptools ninja wheel, "
-             "then pip install --no-build-isolation .")
+    sys.exit(
+        "building dsm needs torch and setuptools first: pip install -c constraints.txt torch setuptools ninja wheel, "
+        "then pip install --no-build-isolation ."
+    )
 
 HERE = Path(__file__).parent
 SOURCES = sorted(str(path.relative_to(HERE)) for path in (HERE / "csrc").rglob("*.cpp"))
@@ -23,8 +25,19 @@ CFLAGS = ["-O3", "-fopenmp", "-fno-trapping-math", "-fno-math-errno"]
 
 EXTRAS = {
     # The trainer.
-    "train": ["megatron-core>=0.16.1,<0.17", "packaging", "psutil", "transformers>=5.5,<6", "tokenizers", "safetensors",
-              "tyro>=1.0.17", "PyYAML", "tensorboard", "matplotlib", "pyarrow"],
+    "train": [
+        "megatron-core>=0.16.1,<0.17",
+        "packaging",
+        "psutil",
+        "transformers>=5.5,<6",
+        "tokenizers",
+        "safetensors",
+        "tyro>=1.0.17",
+        "PyYAML",
+        "tensorboard",
+        "matplotlib",
+        "pyarrow",
+    ],
     # What a GPU adds that torch's CUDA build does not bring already.
     "gpu": ["triton>=3.6"],
     "te": ["transformer-engine[pytorch]>=2.8"],
@@ -48,7 +61,6 @@ setup(
     install_requires=["torch>=2.11", "numpy", 'triton>=3.6; platform_system == "Linux"'],
     extras_require=EXTRAS,
     entry_points={"console_scripts": ["dsm-train = dsm_train.__main__:main"]},
-    ext_modules=[CppExtension("triton_kernels._C", SOURCES, extra_compile_args=CFLAGS,
-                              extra_link_args=["-fopenmp"])],
+    ext_modules=[CppExtension("triton_kernels._C", SOURCES, extra_compile_args=CFLAGS, extra_link_args=["-fopenmp"])],
     cmdclass={"build_ext": BuildExtension},
 )

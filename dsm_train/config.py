@@ -18,6 +18,12 @@ def _require(condition: bool, name: str, rule: str, value: object) -> None:
         raise ValueError(f"{name} must be {rule}; got {value}")
 
 
+def _at_least(least: int, config: object, section: str, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        _require(value is None or value >= least, section + name, f"at least {least}", value)
+
+
 @dataclass(frozen=True)
 class ModelConfig:
     """A decoder of the Llama family: RMSNorm, SwiGLU, RoPE, grouped-query attention."""
@@ -54,12 +60,20 @@ class ModelConfig:
     """Recompute activations of every layer in the backward pass: less memory, a third more compute."""
 
     def __post_init__(self) -> None:
-        for name in ("num_layers", "hidden_size", "num_heads", "num_kv_heads", "ffn_size", "max_length"):
-            _require(getattr(self, name) >= 1, f"model.{name}", "at least 1", getattr(self, name))
-        _require(self.num_heads % self.num_kv_heads == 0, "model.num_heads",
-                 f"a multiple of model.num_kv_heads = {self.num_kv_heads}", self.num_heads)
-        _require(self.head_size is not None or self.hidden_size % self.num_heads == 0, "model.hidden_size",
-                 f"a multiple of model.num_heads = {self.num_heads}, or model.head_size given", self.hidden_size)
+        _at_least(1, self, "model.", "num_layers", "hidden_size", "num_heads", "num_kv_heads", "head_size")
+        _at_least(1, self, "model.", "ffn_size", "max_length", "vocab_multiple")
+        _require(
+            self.num_heads % self.num_kv_heads == 0,
+            "model.num_heads",
+            f"a multiple of model.num_kv_heads = {self.num_kv_heads}",
+            self.num_heads,
+        )
+        _require(
+            self.head_size is not None or self.hidden_size % self.num_heads == 0,
+            "model.hidden_size",
+            f"a multiple of model.num_heads = {self.num_heads}, or model.head_size given",
+            self.hidden_size,
+        )
         _require(self.kv_channels % 2 == 0, "model.head_size", "even, for rotary embeddings", self.kv_channels)
 
     @property
@@ -83,13 +97,12 @@ class ParallelConfig:
     distributed_optimizer: bool = False
     """Shard the optimizer's state over data-parallel ranks."""
     overlap: bool = False
-    """Overlap gradient reduction (and parameter gathering) with compute."""
+    """Overlap gradient reduction with the backward pass."""
     timeout_minutes: float = 10.0
     """A collective that waits longer ends the run."""
 
     def __post_init__(self) -> None:
-        for name in ("tp", "pp", "vpp"):
-            _require(getattr(self, name) >= 1, f"parallel.{name}", "at least 1", getattr(self, name))
+        _at_least(1, self, "parallel.", "tp", "pp", "vpp")
         _require(self.vpp == 1 or self.pp > 1, "parallel.vpp", "1 when parallel.pp is 1", self.vpp)
         _require(not self.sp or self.tp > 1, "parallel.sp", "false when parallel.tp is 1", self.sp)
 
@@ -151,10 +164,18 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         _require(self.heldout_tasks >= 1, "data.heldout_tasks", "at least 1", self.heldout_tasks)
-        _require("{question}" in self.prompt_template, "data.prompt_template", "text with {question} in it",
-                 repr(self.prompt_template))
-        _require(self.heldout_path is None or self.path is not None, "data.heldout_path", "given with data.path",
-                 self.heldout_path)
+        _require(
+            "{question}" in self.prompt_template,
+            "data.prompt_template",
+            "text with {question} in it",
+            repr(self.prompt_template),
+        )
+        _require(
+            self.heldout_path is None or self.path is not None,
+            "data.heldout_path",
+            "given with data.path",
+            self.heldout_path,
+        )
 
 
 @dataclass(frozen=True)
@@ -194,7 +215,7 @@ class AlgorithmConfig:
     average: Literal["response", "token", "fixed"] | None = None
     """Average per response and then over responses (the paper), over all tokens, or by a fixed length."""
     scale: Literal["std", "none", "loo", "batch"] | None = None
-    """Scale of the group-relative advantage: the group's own deviation (the paper), none, leave-one-out, the batch's."""
+    """Scale of the group-relative advantage: the group's deviation (the paper), none, leave-one-out, the batch's."""
     prompts_per_step: int = 16
     """Questions per exploration stage, over all data-parallel ranks."""
     group_size: int = 64
@@ -209,12 +230,19 @@ class AlgorithmConfig:
     """Control experiment: permute rewards within each step, so that they carry no information."""
 
     def __post_init__(self) -> None:
-        _require(self.group_size >= 2, "algorithm.group_size",
-                 "at least 2: GRPO's baseline is the group's mean", self.group_size)
-        for name in ("prompts_per_step", "minibatches", "epochs"):
-            _require(getattr(self, name) >= 1, f"algorithm.{name}", "at least 1", getattr(self, name))
-        _require(self.prompts_per_step % self.minibatches == 0, "algorithm.prompts_per_step",
-                 f"a multiple of algorithm.minibatches = {self.minibatches}", self.prompts_per_step)
+        _require(
+            self.group_size >= 2,
+            "algorithm.group_size",
+            "at least 2: GRPO's baseline is the group's mean",
+            self.group_size,
+        )
+        _at_least(1, self, "algorithm.", "prompts_per_step", "minibatches", "epochs")
+        _require(
+            self.prompts_per_step % self.minibatches == 0,
+            "algorithm.prompts_per_step",
+            f"a multiple of algorithm.minibatches = {self.minibatches}",
+            self.prompts_per_step,
+        )
 
 
 @dataclass(frozen=True)
@@ -249,6 +277,10 @@ class EvalConfig:
     batch: int = 1024
     """Responses that are decoded together."""
 
+    def __post_init__(self) -> None:
+        _at_least(0, self, "eval.", "every", "samples")
+        _at_least(1, self, "eval.", "tasks", "batch")
+
 
 @dataclass(frozen=True)
 class SftTraining:
@@ -266,8 +298,8 @@ class SftTraining:
     """Optimizer of supervised training."""
 
     def __post_init__(self) -> None:
-        _require(self.steps >= 0, "steps", "at least 0", self.steps)
-        _require(self.batch >= 1, "batch", "at least 1", self.batch)
+        _at_least(0, self, "supervised training: ", "steps")
+        _at_least(1, self, "supervised training: ", "batch", "examples")
 
 
 @dataclass(frozen=True)
@@ -287,6 +319,11 @@ class StageConfig:
     eval: EvalConfig = field(default_factory=EvalConfig)
     """Evaluation."""
 
+    @property
+    def supervised(self) -> SftTraining | None:
+        """The supervised training that the stage does, if any."""
+        return None
+
 
 @dataclass(frozen=True)
 class SftConfig(StageConfig):
@@ -296,6 +333,14 @@ class SftConfig(StageConfig):
     """Supervised fine-tuning."""
     sampling: SamplingConfig = field(default_factory=lambda: SamplingConfig(temperature=0.0))
     """How evaluation samples."""
+
+    def __post_init__(self) -> None:
+        _require(self.sft.steps >= 1, "sft.steps", "at least 1", self.sft.steps)
+
+    @property
+    def supervised(self) -> SftTraining | None:
+        """The stage's own training."""
+        return self.sft
 
 
 @dataclass(frozen=True)
@@ -313,10 +358,19 @@ class GrpoConfig(StageConfig):
     steps: int = 200
     """Exploration stages: sample, score, update."""
 
+    @property
+    def supervised(self) -> SftTraining | None:
+        """The warm-up, where there is one."""
+        return self.warmup if self.warmup.steps else None
+
     def __post_init__(self) -> None:
         _require(self.steps >= 1, "steps", "at least 1", self.steps)
-        _require(self.sampling.temperature > 0, "sampling.temperature",
-                 "above 0 for GRPO: greedy responses of a group are all equal", self.sampling.temperature)
+        _require(
+            self.sampling.temperature > 0,
+            "sampling.temperature",
+            "above 0 for GRPO: greedy responses of a group are all equal",
+            self.sampling.temperature,
+        )
 
 
 @dataclass(frozen=True)
@@ -337,3 +391,6 @@ class GenerateConfig(StageConfig):
     """Responses per prompt."""
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     """How responses are sampled."""
+
+    def __post_init__(self) -> None:
+        _require(self.num_samples >= 1, "num_samples", "at least 1", self.num_samples)

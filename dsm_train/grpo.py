@@ -52,12 +52,13 @@ def algorithm(config: AlgorithmConfig) -> Algorithm:
     return Algorithm(objective, config.average or preset.average, config.scale or preset.scale)
 
 
-def token_weights(response_cu: Tensor, average: Average, num_responses: int, num_tokens: int,
-                  fixed_length: int) -> Tensor:
+def token_weights(
+    response_cu: Tensor, average: Average, num_responses: int, num_tokens: int, fixed_length: int
+) -> Tensor:
     """weight_T: how each token counts in the loss of one optimizer step.
 
-    num_responses, num_tokens: of the whole step, over all data-parallel ranks. Every choice sums to 1 over the step, but
-    for "fixed", which divides by the constant num_responses * fixed_length (Dr. GRPO).
+    num_responses, num_tokens: of the whole step, over all data-parallel ranks. Every choice sums to 1 over the step,
+    but for "fixed", which divides by the constant num_responses * fixed_length (Dr. GRPO).
     """
     length_S = response_cu.diff().long()
     if average == "response":  # (1/S) sum_i (1/|o_i|) sum_t: eq. 3
@@ -69,10 +70,12 @@ def token_weights(response_cu: Tensor, average: Average, num_responses: int, num
     return weight_S.repeat_interleave(length_S)
 
 
-def token_rows(rollouts: Rollouts, algo: Algorithm, config: GrpoConfig, parallel: Parallel) -> list[tuple[Sequences, Rows]]:
+def token_rows(
+    rollouts: Rollouts, algo: Algorithm, config: GrpoConfig, parallel: Parallel
+) -> list[tuple[Sequences, Rows]]:
     """What each minibatch trains on: its sequences, and advantage, weight and log-probabilities of their tokens.
 
-    Outcome supervision (section 4.1.2): every token of a response has the response's group-relative reward as advantage.
+    Outcome supervision (section 4.1.2): the advantage of every token is its response's group-relative reward.
     """
     advantage_S = _advantages(rollouts.reward_S, algo.scale, config.algorithm.group_size, parallel)
     groups = rollouts.sequences.num_prompts // config.algorithm.minibatches
@@ -81,8 +84,13 @@ def token_rows(rollouts: Rollouts, algo: Algorithm, config: GrpoConfig, parallel
         part, span_S, span_T = rollouts.sequences.groups(first, first + groups)
         num_tokens = sum(n for n in parallel.gather_over_data(part.response_token_T.numel()) if isinstance(n, int))
         rows = Rows(
-            token_weights(part.response_cu, algo.average, part.num_responses * parallel.dp_size, num_tokens,
-                          config.sampling.max_new_tokens),
+            token_weights(
+                part.response_cu,
+                algo.average,
+                part.num_responses * parallel.dp_size,
+                num_tokens,
+                config.sampling.max_new_tokens,
+            ),
             advantage_S[span_S].repeat_interleave(part.response_cu.diff().long()),
             None if rollouts.old_logprob_T is None else rollouts.old_logprob_T[span_T],
             None if rollouts.ref_logprob_T is None else rollouts.ref_logprob_T[span_T],

@@ -1,7 +1,7 @@
 """Sequences to packed micro-batches under a token budget.
 
-N packed tokens of a micro-batch, T loss rows. Row t is the position whose hidden state predicts `target_T[t]`: the shift
-by one between a token and its predictor is made here and nowhere else.
+N packed tokens of a micro-batch, T loss rows. Row t is the position whose hidden state predicts `target_T[t]`: the
+shift by one between a token and its predictor is made here and nowhere else.
 """
 
 from __future__ import annotations

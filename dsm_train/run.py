@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from dsm_train.cli import to_yaml, user_errors
-from dsm_train.config import GrpoConfig, OptimConfig, ParallelConfig, SamplingConfig, SftConfig, StageConfig
+from dsm_train.config import OptimConfig, ParallelConfig, SamplingConfig, StageConfig
 from dsm_train.data import Task, Tokenizer
 from dsm_train.data.source import Tasks, load_tasks, make_tokenizer, solved
 from dsm_train.eval.evaluate import Evaluator
@@ -157,15 +157,19 @@ def check_batch(layout: ParallelConfig, name: str, size: int, minibatches: int =
     """Raise `ValueError` unless a batch splits evenly over data-parallel replicas and minibatches."""
     replicas = parallel.world_size() // (layout.tp * layout.pp)
     if replicas and size % (replicas * minibatches):
-        raise ValueError(f"{name} must be a multiple of data-parallel replicas x minibatches = {replicas} x {minibatches} "
-                         f"= {replicas * minibatches}; got {size}")
+        raise ValueError(
+            f"{name} must be a multiple of data-parallel replicas x minibatches = {replicas} x {minibatches} "
+            f"= {replicas * minibatches}; got {size}"
+        )
 
 
 def check_whole(layout: ParallelConfig) -> None:
     """Raise `ValueError` for a model that is split over ranks: rollouts, losses and files of one are still to come."""
     if layout.tp * layout.pp > 1:
-        raise ValueError(f"parallel.tp = {layout.tp}, parallel.pp = {layout.pp}: training a split model is not built yet; "
-                         "use parallel.tp=1 parallel.pp=1, where more ranks are data-parallel replicas")
+        raise ValueError(
+            f"parallel.tp = {layout.tp}, parallel.pp = {layout.pp}: training a split model is not built yet; "
+            "use parallel.tp=1 parallel.pp=1, where more ranks are data-parallel replicas"
+        )
 
 
 def check_lengths(config: StageConfig, sampling: SamplingConfig, tasks: Sequence[Task], tokenizer: Tokenizer) -> None:
@@ -177,28 +181,37 @@ def check_lengths(config: StageConfig, sampling: SamplingConfig, tasks: Sequence
     longest, task = max(lengths, key=lambda item: item[0])
     total, limit = longest + sampling.max_new_tokens, config.model.max_length
     if total > limit:
-        raise ValueError(f"the prompt of task {task.id} has {longest} tokens, and with sampling.max_new_tokens = "
-                         f"{sampling.max_new_tokens} exceeds model.max_length = {limit}: {task.prompt[:60]!r}...")
+        raise ValueError(
+            f"the prompt of task {task.id} has {longest} tokens, and with sampling.max_new_tokens = "
+            f"{sampling.max_new_tokens} exceeds model.max_length = {limit}: {task.prompt[:60]!r}..."
+        )
     if total > config.run.max_tokens:
-        raise ValueError(f"run.max_tokens = {config.run.max_tokens} is less than the longest prompt ({longest} tokens) "
-                         f"plus sampling.max_new_tokens = {sampling.max_new_tokens}")
+        raise ValueError(
+            f"run.max_tokens = {config.run.max_tokens} is less than the longest prompt ({longest} tokens) "
+            f"plus sampling.max_new_tokens = {sampling.max_new_tokens}"
+        )
 
 
 def check_solutions(config: StageConfig, tasks: Tasks, tokenizer: Tokenizer) -> None:
     """Raise `ValueError` when supervised training is asked for and lacks solutions, or has one too long to pack."""
-    training = config.sft if isinstance(config, SftConfig) else config.warmup if isinstance(config, GrpoConfig) else None
-    if training is None or not training.steps:
+    training = config.supervised
+    if training is None:
         return
     examples = solved(tasks.train, training.examples)
     if not examples:
-        raise ValueError(f"supervised training needs worked solutions, and {config.data.path} has answers alone: write "
-                         "them before '#### answer', or set steps=0")
-    lengths = [(len(tokenizer.encode(task.prompt)) + len(tokenizer.encode(task.solution or "")), task)
-               for task in examples]
+        raise ValueError(
+            f"supervised training needs worked solutions, and {config.data.path} has answers alone: write "
+            "them before '#### answer', or set steps=0"
+        )
+    lengths = [
+        (len(tokenizer.encode(task.prompt)) + len(tokenizer.encode(task.solution or "")), task) for task in examples
+    ]
     longest, task = max(lengths, key=lambda item: item[0])
     if longest > config.run.max_tokens:
-        raise ValueError(f"run.max_tokens = {config.run.max_tokens} is less than prompt and solution of task {task.id}, "
-                         f"{longest} tokens: {task.prompt[:60]!r}...")
+        raise ValueError(
+            f"run.max_tokens = {config.run.max_tokens} is less than prompt and solution of task {task.id}, "
+            f"{longest} tokens: {task.prompt[:60]!r}..."
+        )
 
 
 def served_by(config: StageConfig, layout: Parallel, threads: int) -> list[tuple[str, str]]:

@@ -45,8 +45,12 @@ def supervise(run: Run, model: TrainableModel, config: SftTraining, evaluator: E
             run.metrics.log(step + 1, "sft", values)
             progress.step({"loss": result.loss, "accuracy": accuracy})
     on_examples = evaluator.greedy_accuracy(tasks[: len(run.tasks.heldout)])
-    return {"warmup_examples": len(tasks), "train_tasks": len(run.tasks.train), "warmup_accuracy_on_examples": on_examples,
-            "warmup_seconds": run.seconds()}
+    return {
+        "warmup_examples": len(tasks),
+        "train_tasks": len(run.tasks.train),
+        "warmup_accuracy_on_examples": on_examples,
+        "warmup_seconds": run.seconds(),
+    }
 
 
 def _micro_batches(run: Run, batch: Sequence[Task], config: SftTraining) -> tuple[list[MicroBatch], Loss]:

@@ -27,8 +27,12 @@ def train_grpo(config: GrpoConfig) -> None:
     """Stage `grpo`: a supervised warm-up where one is asked for, Algorithm 1, and the report."""
     with user_errors(PROG):
         algo = algorithm(config.algorithm)
-        check_batch(config.parallel, "algorithm.prompts_per_step", config.algorithm.prompts_per_step,
-                    config.algorithm.minibatches)
+        check_batch(
+            config.parallel,
+            "algorithm.prompts_per_step",
+            config.algorithm.prompts_per_step,
+            config.algorithm.minibatches,
+        )
     with start(config, config.sampling, PROG) as run:
         warmup, updates = config.warmup, config.steps * config.algorithm.minibatches * config.algorithm.epochs
         policy = run.trainable(warmup.optim if warmup.steps else config.optim, warmup.steps or updates)
@@ -79,8 +83,15 @@ def explore_and_update(run: Run, config: GrpoConfig, algo: Algorithm, policy: Tr
             progress.step({name: values[name] for name in ("reward", "kl", "response_tokens", "tokens_per_second")})
 
 
-def score_rollouts(run: Run, config: GrpoConfig, policy: Model, reference: Model | None, rollouts: Rollouts,
-                   tasks: Sequence[Task], step: int) -> Rollouts:
+def score_rollouts(
+    run: Run,
+    config: GrpoConfig,
+    policy: Model,
+    reference: Model | None,
+    rollouts: Rollouts,
+    tasks: Sequence[Task],
+    step: int,
+) -> Rollouts:
     """Rewards, and the log-probabilities that the update compares with."""
     rollouts = score(rollouts, tasks, run.tokenizer, config.rewards)
     if config.algorithm.shuffle_rewards:
@@ -97,8 +108,9 @@ def score_rollouts(run: Run, config: GrpoConfig, policy: Model, reference: Model
     return rollouts
 
 
-def update(run: Run, config: GrpoConfig, algo: Algorithm, policy: TrainableModel,
-           rollouts: Rollouts) -> list[StepResult]:
+def update(
+    run: Run, config: GrpoConfig, algo: Algorithm, policy: TrainableModel, rollouts: Rollouts
+) -> list[StepResult]:
     """mu passes over the rollouts, each in as many optimizer steps as there are minibatches."""
     rows = token_rows(rollouts, algo, config, run.parallel)
     results = []

@@ -78,8 +78,13 @@ class Sequences:
         keep_T = keep_S.repeat_interleave(length_S)
         group_P = torch.zeros(self.num_prompts, dtype=torch.int64)
         group_P.index_add_(0, self.prompt_of_response_S, keep_S.long())
-        part = Sequences(self.prompt_token, self.prompt_cu, self.response_token_T[keep_T],
-                         offsets(length_S[keep_S].tolist()), offsets(group_P.tolist()))
+        part = Sequences(
+            self.prompt_token,
+            self.prompt_cu,
+            self.response_token_T[keep_T],
+            offsets(length_S[keep_S].tolist()),
+            offsets(group_P.tolist()),
+        )
         return part, keep_T
 
     def prompt(self, p: int) -> Tensor:

@@ -33,8 +33,10 @@ class Rows:
 
     def take(self, row_T: Tensor, device: torch.device) -> Rows:
         """These rows, on `device`."""
-        return replace(self, **{f.name: value[row_T].to(device) for f in fields(self)
-                                if (value := getattr(self, f.name)) is not None})
+        return replace(
+            self,
+            **{f.name: value[row_T].to(device) for f in fields(self) if (value := getattr(self, f.name)) is not None},
+        )
 
 
 @dataclass(frozen=True)
@@ -52,8 +54,18 @@ def policy_loss(rows: Rows, objective: Objective, temperature: float) -> Loss:
 
     def loss(head: Head, batch: MicroBatch) -> LossOutput:
         r = rows.take(batch.row_T, head.hidden_TD.device)
-        out = linear_grpo_loss(head.hidden_TD, head.weight_VD, batch.target_T, r.old_logprob_T, r.ref_logprob_T,
-                               r.advantage_T, r.weight_T, batch.response_cu, objective, temperature=temperature)
+        out = linear_grpo_loss(
+            head.hidden_TD,
+            head.weight_VD,
+            batch.target_T,
+            r.old_logprob_T,
+            r.ref_logprob_T,
+            r.advantage_T,
+            r.weight_T,
+            batch.response_cu,
+            objective,
+            temperature=temperature,
+        )
         return LossOutput(out.loss, out.stats)
 
     return loss
@@ -83,8 +95,10 @@ def optimizer_step(model: TrainableModel, micro_batches: Sequence[MicroBatch], l
 def step_metrics(results: Sequence[StepResult]) -> dict[str, float]:
     """The numbers of one exploration stage's optimizer steps: means over them, extremes of the ratio."""
     count = len(results)
-    means = {name: sum(float(r.stats.mean(name)) for r in results) / count
-             for name in ("kl", "entropy", "ratio", "log_ratio", "clipped_low", "clipped_high")}
+    means = {
+        name: sum(float(r.stats.mean(name)) for r in results) / count
+        for name in ("kl", "entropy", "ratio", "log_ratio", "clipped_low", "clipped_high")
+    }
     return {
         "loss": sum(r.loss for r in results) / count,
         "grad_norm": sum(r.grad_norm for r in results) / count,
@@ -103,6 +117,9 @@ def _whole_step(outputs: Sequence[LossOutput], parallel: Parallel) -> tuple[floa
     maxima = torch.stack([p.stats.maxima.float().cpu() for p in parts])
     minima = torch.stack([p.stats.minima.float().cpu() for p in parts])
     total = parallel.all_reduce(sums.sum(0), dist.ReduceOp.SUM)
-    stats = LossStats(total[1:], parallel.all_reduce(maxima.amax(0), dist.ReduceOp.MAX),
-                      parallel.all_reduce(minima.amin(0), dist.ReduceOp.MIN))
+    stats = LossStats(
+        total[1:],
+        parallel.all_reduce(maxima.amax(0), dist.ReduceOp.MAX),
+        parallel.all_reduce(minima.amin(0), dist.ReduceOp.MIN),
+    )
     return float(total[0]), stats

@@ -55,9 +55,10 @@ def arithmetic_tasks(
 ) -> list[Task]:
     """Tasks of the given kinds from one side of the split, in an order that `seed` draws.
 
-    Operands have exactly `digits` digits (a product's second factor is 2 to 9); differences are never negative. `count` is shared evenly among the kinds, and what a small kind lacks the others give; None means all.
-    `style` sets `Task.solution`: the bare answer, or column steps that end in "#### answer". The same arguments give
-    the same list on every machine. `Task.id` is the same for a task in every such list of one `digits`.
+    Operands have exactly `digits` digits (a product's second factor is 2 to 9); differences are never negative. `count`
+    is shared evenly among the kinds, and what a small kind lacks the others give; None means all. `style` sets
+    `Task.solution`: the bare answer, or column steps that end in "#### answer". The same arguments give the same list
+    on every machine. `Task.id` is the same for a task in every such list of one `digits`.
 
     Raises ValueError for an unknown kind, split or style, digits other than 2 or 3, and a count beyond what there is.
     """

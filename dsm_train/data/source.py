@@ -26,8 +26,9 @@ def load_tasks(config: DataConfig) -> Tasks:
     """Generate or read the tasks; raises `ValueError` with the place and the remedy."""
     if config.path is None:
         train = arithmetic_tasks(config.kinds, "train", count=config.train_tasks, seed=config.seed, style=config.style)
-        heldout = arithmetic_tasks(config.kinds, "heldout", count=config.heldout_tasks, seed=config.seed,
-                                   style=config.style)
+        heldout = arithmetic_tasks(
+            config.kinds, "heldout", count=config.heldout_tasks, seed=config.seed, style=config.style
+        )
         return Tasks(tuple(train), tuple(heldout))
     tasks = read_jsonl(config.path, prompt_template=config.prompt_template)
     random.Random(config.seed).shuffle(tasks)
@@ -35,8 +36,10 @@ def load_tasks(config: DataConfig) -> Tasks:
         heldout = read_jsonl(config.heldout_path, prompt_template=config.prompt_template)[: config.heldout_tasks]
     else:
         if len(tasks) <= config.heldout_tasks:
-            raise ValueError(f"data.heldout_tasks = {config.heldout_tasks} leaves nothing to train on: {config.path} has "
-                             f"{len(tasks)} tasks; lower it or give data.heldout_path")
+            raise ValueError(
+                f"data.heldout_tasks = {config.heldout_tasks} leaves nothing to train on: {config.path} has "
+                f"{len(tasks)} tasks; lower it or give data.heldout_path"
+            )
         tasks, heldout = tasks[config.heldout_tasks :], tasks[: config.heldout_tasks]
     asked = {task.prompt for task in heldout}
     train = [task for task in tasks if task.prompt not in asked][: config.train_tasks]
@@ -59,7 +62,7 @@ def solved(tasks: Sequence[Task], count: int | None) -> list[Task]:
 
 
 def draw(tasks: Sequence[Task], count: int, step: int, seed: int) -> list[Task]:
-    """The tasks of one step: the next `count` of an endless sequence of shuffled passes, a function of its arguments."""
+    """The tasks of one step: the next `count` of endless shuffled passes, a function of its arguments."""
     orders: dict[int, list[int]] = {}
     drawn = []
     for position in range(step * count, (step + 1) * count):

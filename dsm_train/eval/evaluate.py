@@ -50,8 +50,9 @@ class Evaluator:
             rollouts = self.engine.generate(prompts, num_samples, sampling, step=-1)
             for i, task in enumerate(asked):
                 responses = (rollouts.sequences.response(s) for s in range(i * num_samples, (i + 1) * num_samples))
-                correct.append(sum(numeric_reward(self.tokenizer.decode(r.tolist()), task.answer) == 1.0
-                                   for r in responses))
+                correct.append(
+                    sum(numeric_reward(self.tokenizer.decode(r.tolist()), task.answer) == 1.0 for r in responses)
+                )
         return correct
 
     def _mean(self, values: Sequence[float]) -> float:

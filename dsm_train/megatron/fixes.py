@@ -1,4 +1,4 @@
-"""Corrections of bugs of megatron-core 0.16, on every device; each names the place, and has a test that fails without it.
+"""Corrections of megatron-core 0.16, on every device; each names the place, and has a test that fails without it.
 
 A release that was not looked at gets no correction: `apply` refuses it, for a fix that no longer fits trains wrongly.
 """
@@ -19,8 +19,10 @@ _LOOKED_AT = "0.16."
 def apply() -> None:
     """Apply all corrections, once."""
     if not __version__.startswith(_LOOKED_AT):
-        raise ImportError(f"megatron-core {__version__} was not checked for the bugs that dsm corrects in 0.16: "
-                          "pip install -c constraints.txt megatron-core")
+        raise ImportError(
+            f"megatron-core {__version__} was not checked for the bugs that dsm corrects in 0.16: "
+            "pip install -c constraints.txt megatron-core"
+        )
     _separate_adam_steps()
 
 

@@ -62,15 +62,28 @@ def rotate(x_NHK: Tensor, cos_NK: Tensor, sin_NK: Tensor) -> Tensor:
 class CoreAttention(torch.nn.Module):
     """Rotary embedding at explicit positions, then the attention that the forward pass asks for."""
 
-    def __init__(self, config: TransformerConfig, layer_number: int, *args: Any, softmax_scale: float | None = None,
-                 **kwargs: Any) -> None:
+    def __init__(
+        self,
+        config: TransformerConfig,
+        layer_number: int,
+        *args: Any,
+        softmax_scale: float | None = None,
+        **kwargs: Any,
+    ) -> None:
         super().__init__()
         assert config.kv_channels is not None, "TransformerConfig sets it when it is not given"
         self.layer = layer_number
         self.scale = softmax_scale or config.kv_channels**-0.5
 
-    def forward(self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
-                packed_seq_params: Tokens, **kwargs: Any) -> Tensor:
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        packed_seq_params: Tokens,
+        **kwargs: Any,
+    ) -> Tensor:
         tokens = packed_seq_params
         query, key = (rotate(x, tokens.cos_NK, tokens.sin_NK) for x in (query, key))
         return tokens.attend(self.layer, query, key, value, self.scale).flatten(1).unsqueeze(1)

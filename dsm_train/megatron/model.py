@@ -49,8 +49,10 @@ def padded_vocab(vocab_size: int, multiple: int, tp: int) -> int:
 def uses_transformer_engine(model: ModelConfig) -> bool:
     """Which layers serve; raises `ValueError` when Transformer Engine is asked for and absent."""
     if model.layers == "transformer_engine" and not transformer_engine_available():
-        raise ValueError("model.layers=transformer_engine needs Transformer Engine and CUDA: pip install 'dsm[te]', "
-                         "or set model.layers=auto")
+        raise ValueError(
+            "model.layers=transformer_engine needs Transformer Engine and CUDA: pip install 'dsm[te]', "
+            "or set model.layers=auto"
+        )
     return model.layers != "local" and transformer_engine_available()
 
 
@@ -139,8 +141,9 @@ def _mark_shards(chunk: HiddenGPTModel) -> None:
             set_tensor_model_parallel_attributes(module.weight, is_parallel=True, dim=dim, stride=1)
 
 
-def forward_hidden(chunk: torch.nn.Module, model: ModelConfig, token_N: Tensor, position_N: Tensor,
-                   attend: Attend) -> Tensor:
+def forward_hidden(
+    chunk: torch.nn.Module, model: ModelConfig, token_N: Tensor, position_N: Tensor, attend: Attend
+) -> Tensor:
     """One chunk's forward over packed tokens: its output [N, 1, D] (hidden states on the last stage)."""
     cos, sin = rotary_tables(position_N, model.kv_channels, model.rope_base)
     tokens = Tokens(attend=attend, cos_NK=cos, sin_NK=sin)

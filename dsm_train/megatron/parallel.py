@@ -83,17 +83,32 @@ def check_layout(parallel: ParallelConfig, model: ModelConfig, vocab_size: int) 
     """Raise `ValueError` unless the layout fits the number of ranks and divides the model."""
     world, cells = world_size(), parallel.tp * parallel.pp
     rules = (
-        (world % cells == 0, f"parallel.tp x parallel.pp = {parallel.tp} x {parallel.pp} = {cells} must divide the "
-         f"{world} rank(s) that were started; start a multiple of {cells} with torchrun --nproc-per-node"),
-        (model.num_heads % parallel.tp == 0,
-         f"parallel.tp = {parallel.tp} must divide model.num_heads = {model.num_heads}"),
-        (model.num_kv_heads % parallel.tp == 0,
-         f"parallel.tp = {parallel.tp} must divide model.num_kv_heads = {model.num_kv_heads}"),
-        (model.ffn_size % parallel.tp == 0, f"parallel.tp = {parallel.tp} must divide model.ffn_size = {model.ffn_size}"),
-        (model.num_layers % (parallel.pp * parallel.vpp) == 0,
-         f"parallel.pp x parallel.vpp = {parallel.pp * parallel.vpp} must divide model.num_layers = {model.num_layers}"),
-        (vocab_size % parallel.tp == 0,
-         f"parallel.tp = {parallel.tp} must divide the vocabulary of {vocab_size} tokens; set model.vocab_multiple"),
+        (
+            world % cells == 0,
+            f"parallel.tp x parallel.pp = {parallel.tp} x {parallel.pp} = {cells} must divide the "
+            f"{world} rank(s) that were started; start a multiple of {cells} with torchrun --nproc-per-node",
+        ),
+        (
+            model.num_heads % parallel.tp == 0,
+            f"parallel.tp = {parallel.tp} must divide model.num_heads = {model.num_heads}",
+        ),
+        (
+            model.num_kv_heads % parallel.tp == 0,
+            f"parallel.tp = {parallel.tp} must divide model.num_kv_heads = {model.num_kv_heads}",
+        ),
+        (
+            model.ffn_size % parallel.tp == 0,
+            f"parallel.tp = {parallel.tp} must divide model.ffn_size = {model.ffn_size}",
+        ),
+        (
+            model.num_layers % (parallel.pp * parallel.vpp) == 0,
+            f"parallel.pp x parallel.vpp = {parallel.pp * parallel.vpp} must divide "
+            f"model.num_layers = {model.num_layers}",
+        ),
+        (
+            vocab_size % parallel.tp == 0,
+            f"parallel.tp = {parallel.tp} must divide the vocabulary of {vocab_size} tokens; set model.vocab_multiple",
+        ),
     )
     for holds, message in rules:
         if not holds:
@@ -107,8 +122,9 @@ def start(config: ParallelConfig, seed: int) -> Parallel:
         cuda = torch.cuda.is_available()
         if cuda:
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
-        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo",
-                                timeout=timedelta(minutes=config.timeout_minutes), **alone)
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timedelta(minutes=config.timeout_minutes), **alone
+        )
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=config.tp,
         pipeline_model_parallel_size=config.pp,

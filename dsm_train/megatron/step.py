@@ -42,16 +42,18 @@ Loss = Callable[[Head, MicroBatch], LossOutput]
 class Model:
     """A policy in this layout: chunks to run forward, nothing to train."""
 
-    def __init__(self, config: ModelConfig, vocab_size: int, chunks: Sequence[HiddenGPTModel],
-                 parallel: Parallel) -> None:
+    def __init__(
+        self, config: ModelConfig, vocab_size: int, chunks: Sequence[HiddenGPTModel], parallel: Parallel
+    ) -> None:
         """vocab_size: the tokenizer's; the weights may be padded beyond it."""
         self.config, self.vocab_size, self.parallel = config, vocab_size, parallel
         self.chunks = list(chunks)
         bf16 = config.dtype == "bf16"
         self.modules: list[Any] = [Float16Module(c.config, c) if bf16 else c for c in chunks]
 
-    def _run(self, loss_of: Callable[[Head, MicroBatch], Any], micro_batches: Sequence[MicroBatch], *,
-             train: bool) -> list[Any]:
+    def _run(
+        self, loss_of: Callable[[Head, MicroBatch], Any], micro_batches: Sequence[MicroBatch], *, train: bool
+    ) -> list[Any]:
         """Megatron's schedule; returns what `loss_of` gave on the last stage, in the order of micro-batches."""
 
         def forward_step(batches: Any, module: torch.nn.Module) -> tuple[Tensor, Callable[..., Any]]:
@@ -71,8 +73,9 @@ class Model:
             collect_non_loss_data=not train,
         )
 
-    def _loss_function(self, loss_of: Callable[[Head, MicroBatch], Any], batch: MicroBatch, output: Tensor,
-                       non_loss_data: bool = False) -> Any:
+    def _loss_function(
+        self, loss_of: Callable[[Head, MicroBatch], Any], batch: MicroBatch, output: Tensor, non_loss_data: bool = False
+    ) -> Any:
         """Megatron's loss function: (sum, 0 tokens, output), so that nothing is divided after us."""
         result = loss_of(Head(output.squeeze(1)[batch.state_T], self.head_weight()), batch)
         if non_loss_data:
@@ -86,6 +89,7 @@ class Model:
     @torch.no_grad()
     def logprobs(self, micro_batches: Sequence[MicroBatch], num_rows: int, temperature: float) -> Tensor:
         """Log-probability of every response token of the batch the micro-batches were packed from: [T], CPU, fp32."""
+
         def score(head: Head, batch: MicroBatch) -> Tensor:
             return linear_logprob(head.hidden_TD, head.weight_VD, batch.target_T, temperature=temperature).logprob_T
 
@@ -98,8 +102,15 @@ class Model:
 class TrainableModel(Model):
     """A policy with gradient buffers, optimizer and learning-rate schedule."""
 
-    def __init__(self, config: ModelConfig, vocab_size: int, chunks: Sequence[HiddenGPTModel], parallel: Parallel,
-                 optim: OptimConfig, total_steps: int) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        vocab_size: int,
+        chunks: Sequence[HiddenGPTModel],
+        parallel: Parallel,
+        optim: OptimConfig,
+        total_steps: int,
+    ) -> None:
         super().__init__(config, vocab_size, chunks, parallel)
         layout, megatron = parallel.config, chunks[0].config
         # Weights are gathered at once after an update, never while the next forward pass runs (overlap_param_gather):
@@ -121,9 +132,16 @@ class TrainableModel(Model):
         layout, megatron = self.parallel.config, self.chunks[0].config
         self.optimizer = get_megatron_optimizer(
             OptimizerConfig(
-                optimizer="adam", lr=optim.lr, min_lr=optim.min_lr, weight_decay=optim.weight_decay,
-                adam_beta1=optim.beta1, adam_beta2=optim.beta2, adam_eps=optim.eps, clip_grad=optim.clip_grad,
-                bf16=self.config.dtype == "bf16", params_dtype=megatron.params_dtype,
+                optimizer="adam",
+                lr=optim.lr,
+                min_lr=optim.min_lr,
+                weight_decay=optim.weight_decay,
+                adam_beta1=optim.beta1,
+                adam_beta2=optim.beta2,
+                adam_eps=optim.eps,
+                clip_grad=optim.clip_grad,
+                bf16=self.config.dtype == "bf16",
+                params_dtype=megatron.params_dtype,
                 use_distributed_optimizer=layout.distributed_optimizer,
             ),
             self.modules,
@@ -132,9 +150,17 @@ class TrainableModel(Model):
         )
         self.schedule = OptimizerParamScheduler(
             # From lr / (warmup_steps + 1) in equal steps to lr: a warm-up from 0 would lose its first step.
-            self.optimizer, init_lr=optim.lr / (optim.warmup_steps + 1), max_lr=optim.lr, min_lr=optim.min_lr, lr_warmup_steps=optim.warmup_steps,
-            lr_decay_steps=max(total_steps, optim.warmup_steps + 1), lr_decay_style=optim.schedule,
-            start_wd=optim.weight_decay, end_wd=optim.weight_decay, wd_incr_steps=0, wd_incr_style="constant",
+            self.optimizer,
+            init_lr=optim.lr / (optim.warmup_steps + 1),
+            max_lr=optim.lr,
+            min_lr=optim.min_lr,
+            lr_warmup_steps=optim.warmup_steps,
+            lr_decay_steps=max(total_steps, optim.warmup_steps + 1),
+            lr_decay_style=optim.schedule,
+            start_wd=optim.weight_decay,
+            end_wd=optim.weight_decay,
+            wd_incr_steps=0,
+            wd_incr_style="constant",
         )
         megatron.finalize_model_grads_func = finalize_model_grads
         megatron.grad_scale_func = self.optimizer.scale_loss
@@ -174,4 +200,6 @@ def adam_implementation() -> str:
     from megatron.core import optimizer
 
     package = optimizer.Adam.__module__.split(".")[0]
-    return {"torch": "PyTorch AdamW", "apex": "apex FusedAdam", "transformer_engine": "Transformer Engine FusedAdam"}[package]
+    return {"torch": "PyTorch AdamW", "apex": "apex FusedAdam", "transformer_engine": "Transformer Engine FusedAdam"}[
+        package
+    ]

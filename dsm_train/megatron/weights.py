@@ -1,7 +1,7 @@
 """Weights by their canonical names (layers counted over all stages): initialisation, copies, files.
 
-Every weight is drawn from a generator of its own, seeded by (seed, name), as the full tensor, of which each rank keeps its
-shard: the same model in every layout.
+Every weight is drawn from a generator of its own, seeded by (seed, name), as the full tensor, of which each rank keeps
+its shard: the same model in every layout.
 """
 
 from __future__ import annotations
@@ -119,7 +119,9 @@ def saved_model(folder: Path, model: ModelConfig) -> ModelConfig:
     try:
         saved = ModelConfig(**json.loads((folder / MODEL_FILE).read_text()))
     except (TypeError, ValueError) as error:
-        raise ValueError(f"run.init: {folder / MODEL_FILE} does not describe a model ({error}): write it anew") from error
+        raise ValueError(
+            f"run.init: {folder / MODEL_FILE} does not describe a model ({error}): write it anew"
+        ) from error
     return replace(saved, **{name: getattr(model, name) for name in _AS_GIVEN})
 
 
@@ -131,8 +133,10 @@ def check_vocabulary(folder: Path, vocab_size: int) -> None:
     except SafetensorError as error:
         raise ValueError(f"run.init: {folder / WEIGHTS_FILE} is damaged ({error}): write it anew") from error
     if rows < vocab_size:
-        raise ValueError(f"run.init: {folder} has weights for {rows} tokens, and the tokenizer {vocab_size}: use the "
-                         "tokenizer that lies beside the weights")
+        raise ValueError(
+            f"run.init: {folder} has weights for {rows} tokens, and the tokenizer {vocab_size}: use the "
+            "tokenizer that lies beside the weights"
+        )
 
 
 @torch.no_grad()
@@ -144,7 +148,9 @@ def load_weights(folder: Path, chunks: Sequence[HiddenGPTModel], parallel: Paral
     full = load_file(folder / WEIGHTS_FILE)
     for name, parameter in named_weights(chunks):
         if name not in full:
-            raise ValueError(f"run.init: {folder / WEIGHTS_FILE} has no weight {name}; was it written with another model?")
+            raise ValueError(
+                f"run.init: {folder / WEIGHTS_FILE} has no weight {name}; was it written with another model?"
+            )
         value, shape = full[name], _full_shape(parameter, parallel.groups.tp.size())
         if list(value.shape) != shape and name in ("embedding.word_embeddings.weight", "output_layer.weight"):
             value = torch.nn.functional.pad(value[: shape[0]], (0, 0, 0, max(0, shape[0] - value.shape[0])))

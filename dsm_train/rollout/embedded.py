@@ -74,8 +74,13 @@ class DecodeAttend:
         values.scatter_(2, index, v_BHK.unsqueeze(2))
         used = self.visible_B11L.shape[-1]
         out = F.scaled_dot_product_attention(
-            q_BHK.unsqueeze(2), keys[:, :, :used], values[:, :, :used], attn_mask=self.visible_B11L, scale=scale,
-            enable_gqa=q_BHK.shape[1] != keys.shape[1])
+            q_BHK.unsqueeze(2),
+            keys[:, :, :used],
+            values[:, :, :used],
+            attn_mask=self.visible_B11L,
+            scale=scale,
+            enable_gqa=q_BHK.shape[1] != keys.shape[1],
+        )
         return out.squeeze(2)
 
 
@@ -85,8 +90,10 @@ class EmbeddedEngine:
     def __init__(self, model: Model, stop_ids: Sequence[int], seed: int) -> None:
         layout = model.parallel.config
         if layout.tp * layout.pp > 1:
-            raise ValueError("the embedded generator needs the whole model on every rank, but parallel.tp x parallel.pp = "
-                             f"{layout.tp} x {layout.pp}: use parallel.tp=1 parallel.pp=1")
+            raise ValueError(
+                "the embedded generator needs the whole model on every rank, but parallel.tp x parallel.pp = "
+                f"{layout.tp} x {layout.pp}: use parallel.tp=1 parallel.pp=1"
+            )
         self.model, self.seed = model, seed
         self.stop_ids = torch.tensor(sorted(stop_ids))
 
@@ -113,8 +120,9 @@ def _logits(hidden_BD: Tensor, head_VD: Tensor) -> Tensor:
 class _Decoding:
     """The state of one call of `generate`. Row b of the output arrays is response b; `active` are still decoding."""
 
-    def __init__(self, engine: EmbeddedEngine, prompts: Sequence[Prompt], num_samples: int, sampling: SamplingConfig,
-                 step: int) -> None:
+    def __init__(
+        self, engine: EmbeddedEngine, prompts: Sequence[Prompt], num_samples: int, sampling: SamplingConfig, step: int
+    ) -> None:
         self.engine, self.prompts, self.sampling, self.step = engine, prompts, sampling, step
         chunk = engine.model.chunks[0]
         self.chunk, self.head = chunk, engine.model.head_weight()
@@ -164,7 +172,9 @@ class _Decoding:
         uniform = None
         if self.sampling.temperature > 0:
             position = torch.full_like(rows, self.emitted)
-            uniform = counter_uniform(self.engine.seed, self.step, self.prompt_id_B[rows], self.sample_B[rows], position)
+            uniform = counter_uniform(
+                self.engine.seed, self.step, self.prompt_id_B[rows], self.sample_B[rows], position
+            )
         chosen: Sampled = sample(_logits(hidden_BD, self.head), uniform, self.sampling)
         self.token_BR[rows, self.emitted] = chosen.token_B
         self.logprob_BR[rows, self.emitted] = chosen.logprob_B

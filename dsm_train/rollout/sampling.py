@@ -32,7 +32,7 @@ def _mix(x: Tensor) -> Tensor:
 
 
 def counter_uniform(seed: int, step: int, prompt_id_B: Tensor, sample_B: Tensor, position_B: Tensor) -> Tensor:
-    """Uniform numbers in (0, 1), fp64 [B], each a function of its five counters alone: the same bits on every device."""
+    """Uniform numbers in (0, 1), fp64 [B], each a function of its five counters alone: the same on every device."""
     state = _mix(torch.full_like(prompt_id_B, seed))
     for counter in (step, prompt_id_B, sample_B, position_B):
         state = _mix(state ^ counter)

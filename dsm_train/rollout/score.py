@@ -18,8 +18,10 @@ from dsm_train.types import Rollouts
 def score(rollouts: Rollouts, tasks: Sequence[Task], tokenizer: Tokenizer, config: RewardConfig) -> Rollouts:
     """Rewards by rule: `tasks[p]` is the task of prompt p."""
     sequences = rollouts.sequences
-    rewards = [reward(tokenizer.decode(sequences.response(s).tolist()), tasks[p].answer, config)
-               for s, p in enumerate(sequences.prompt_of_response_S.tolist())]
+    rewards = [
+        reward(tokenizer.decode(sequences.response(s).tolist()), tasks[p].answer, config)
+        for s, p in enumerate(sequences.prompt_of_response_S.tolist())
+    ]
     return rollouts.with_(reward_S=torch.tensor(rewards, dtype=torch.float32))
 
 
@@ -35,8 +37,15 @@ def read_samples(rollouts: Rollouts, tasks: Sequence[Task], tokenizer: Tokenizer
     samples = []
     for p, task in enumerate(tasks[:count]):
         s = int(rollouts.sequences.group_cu[p])
-        samples.append(Sample(task.prompt, tokenizer.decode(rollouts.sequences.response(s).tolist()), task.answer,
-                              float(rollouts.reward_S[s]), "stop" if rollouts.finished_S[s] else "length"))
+        samples.append(
+            Sample(
+                task.prompt,
+                tokenizer.decode(rollouts.sequences.response(s).tolist()),
+                task.answer,
+                float(rollouts.reward_S[s]),
+                "stop" if rollouts.finished_S[s] else "length",
+            )
+        )
     return samples
 
 
