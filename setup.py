@@ -21,7 +21,9 @@ HERE = Path(__file__).parent
 SOURCES = sorted(str(path.relative_to(HERE)) for path in (HERE / "csrc").rglob("*.cpp"))
 
 # Without the last two gcc does not vectorise loops that call exp or select.
-CFLAGS = ["-O3", "-fopenmp", "-fno-trapping-math", "-fno-math-errno"]
+CFLAGS = ["-O3", "-fno-trapping-math", "-fno-math-errno"]
+# Apple's clang knows no OpenMP; there the ops run on one thread.
+OPENMP = ["-fopenmp"] if sys.platform == "linux" else []
 
 EXTRAS = {
     # The trainer.
@@ -36,7 +38,6 @@ EXTRAS = {
         "PyYAML",
         "tensorboard",
         "matplotlib",
-        "pyarrow",
     ],
     # What a GPU adds that torch's CUDA build does not bring already.
     "gpu": ["triton>=3.6"],
@@ -61,6 +62,8 @@ setup(
     install_requires=["torch>=2.11", "numpy", 'triton>=3.6; platform_system == "Linux"'],
     extras_require=EXTRAS,
     entry_points={"console_scripts": ["dsm-train = dsm_train.__main__:main"]},
-    ext_modules=[CppExtension("triton_kernels._C", SOURCES, extra_compile_args=CFLAGS, extra_link_args=["-fopenmp"])],
+    ext_modules=[
+        CppExtension("triton_kernels._C", SOURCES, extra_compile_args=CFLAGS + OPENMP, extra_link_args=OPENMP)
+    ],
     cmdclass={"build_ext": BuildExtension},
 )

@@ -50,6 +50,13 @@ def stage(name: str) -> Stage:
     return Stage(config.GenerateConfig, generate, "Sample responses to prompts.")
 
 
+def stage_configs() -> list[type]:
+    """The configurations of all stages, which may share a recipe."""
+    from dsm_train import config
+
+    return [config.SftConfig, config.GrpoConfig, config.EvaluateConfig, config.GenerateConfig]
+
+
 def main(argv: list[str] | None = None) -> None:
     """Entry point of `dsm-train`."""
     # OpenMP's threads spin while they wait, which starves every other process of the machine, and is starved by them:
@@ -67,14 +74,17 @@ def main(argv: list[str] | None = None) -> None:
         raise SystemExit(2)
     missing = [package for package in ("megatron", "tyro", "transformers") if importlib.util.find_spec(package) is None]
     if missing:
-        print(f"dsm-train: the trainer needs {', '.join(missing)}: pip install 'dsm[train]'", file=sys.stderr)
+        print(
+            f"dsm-train: the trainer needs {', '.join(missing)}: pip install --no-build-isolation '.[train]'",
+            file=sys.stderr,
+        )
         raise SystemExit(2)
     from dsm_train.cli import load_config, user_errors
 
     chosen = stage(name)
     prog = f"dsm-train {name}"
     with user_errors(prog):
-        config = load_config(chosen.config, rest, prog=prog, description=chosen.description)
+        config = load_config(chosen.config, rest, prog=prog, description=chosen.description, others=stage_configs())
     chosen.run(config)
 
 

@@ -1,8 +1,8 @@
 """From a command line to a typed configuration: a YAML recipe, key=value over it, and one clear line when wrong.
 
-    config = load_config(GrpoConfig, ["--config", "recipes/quickstart.yaml", "rollout.group_size=16"], ...)
+    config = load_config(GrpoConfig, ["--config", "recipes/quickstart.yaml", "algorithm.group_size=16"], ...)
 
-A configuration is a frozen dataclass whose fields are values or further frozen dataclasses; `rollout.group_size` is
+A configuration is a frozen dataclass whose fields are values or further frozen dataclasses; `algorithm.group_size` is
 the dotted name of a value, the same in a recipe and on the command line. YAML only gives the structure: the text of
 each value goes to tyro, so `1e-6` is a number and `no` a word wherever it is written.
 """
@@ -39,6 +39,10 @@ class _Leaf:
     required: bool
 
 
+_ELSEWHERE = _Leaf(str, required=False)
+"""A value that another stage of the same recipe has."""
+
+
 @dataclass(frozen=True, slots=True)
 class _Setting:
     """A value as it was written, and where ("recipes/x.yaml:7: ", or nothing for the command line)."""
@@ -63,19 +67,23 @@ def user_errors(prog: str) -> Iterator[None]:
         raise SystemExit(2) from None
 
 
-def load_config(cls: type[ConfigT], argv: Sequence[str], *, prog: str, description: str) -> ConfigT:
+def load_config(
+    cls: type[ConfigT], argv: Sequence[str], *, prog: str, description: str, others: Sequence[type] = ()
+) -> ConfigT:
     """Build `cls` from `--config recipe.yaml`, then `key=value`, `--key value` or `--key=value`, where later wins.
 
+    A recipe serves several stages: keys that only the configurations in `others` have are passed over in it.
     Raises ValueError with the place, the value and the remedy for an unknown key, a value of the wrong type, a
     missing or malformed recipe, and what `__post_init__` of the dataclasses refuses. `--help` prints and exits.
     """
     if "--help" in argv or "-h" in argv:
         _print_help(cls, prog, description)
     leaves = _leaves(cls)
+    elsewhere = {key for other in others for key in _leaves(other)} - leaves.keys()
     recipes, overrides = _read_arguments(argv, leaves)
     settings: dict[str, _Setting] = {}
     for recipe in recipes:
-        settings |= _read_recipe(recipe, leaves)
+        settings |= _read_recipe(recipe, leaves, elsewhere)
     settings |= overrides
     missing = [key for key, leaf in leaves.items() if leaf.required and key not in settings]
     if missing:
@@ -197,8 +205,8 @@ def _read_arguments(argv: Sequence[str], leaves: dict[str, _Leaf]) -> tuple[list
     return recipes, settings
 
 
-def _read_recipe(path: Path, leaves: dict[str, _Leaf]) -> dict[str, _Setting]:
-    """Read a YAML file into settings that know their line."""
+def _read_recipe(path: Path, leaves: dict[str, _Leaf], elsewhere: set[str]) -> dict[str, _Setting]:
+    """Read a YAML file into settings that know their line, less what only other stages have."""
     if not path.exists():
         near = difflib.get_close_matches(path.stem, [other.stem for other in path.parent.glob("*.yaml")], n=1)
         hint = f"; did you mean {str(path.with_name(near[0] + '.yaml'))!r}?" if near else ""
@@ -215,8 +223,8 @@ def _read_recipe(path: Path, leaves: dict[str, _Leaf]) -> dict[str, _Setting]:
         raise ValueError(f"{path}: not valid YAML: {error}") from error
     settings: dict[str, _Setting] = {}
     if root is not None:
-        _flatten(root, "", path, leaves, settings)
-    return settings
+        _flatten(root, "", path, dict.fromkeys(elsewhere, _ELSEWHERE) | leaves, settings)
+    return {key: setting for key, setting in settings.items() if key in leaves}
 
 
 def _flatten(node: yaml.Node, key: str, path: Path, leaves: dict[str, _Leaf], settings: dict[str, _Setting]) -> None:

@@ -144,7 +144,7 @@ class DataConfig:
     path: Path | None = None
     """JSONL file of training questions (GSM8K's format); none: the built-in generator."""
     heldout_path: Path | None = None
-    """JSONL file of held-out questions; none: the last heldout_tasks of path."""
+    """JSONL file of held-out questions; none: heldout_tasks of path, drawn by seed."""
     prompt_template: str = "Question: {question}\nAnswer:"
     """Prompt made from a question of a JSONL file."""
     kinds: tuple[str, ...] = ("add",)
@@ -237,6 +237,7 @@ class AlgorithmConfig:
             self.group_size,
         )
         _at_least(1, self, "algorithm.", "prompts_per_step", "minibatches", "epochs")
+        _at_least(0, self, "algorithm.", "reference_every")
         _require(
             self.prompts_per_step % self.minibatches == 0,
             "algorithm.prompts_per_step",

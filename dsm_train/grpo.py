@@ -49,6 +49,10 @@ def algorithm(config: AlgorithmConfig) -> Algorithm:
     preset = PRESETS[config.preset]
     overrides = {name: getattr(config, name) for name in ("clip_low", "clip_high", "kl_coef", "kl")}
     objective = replace(preset.objective, **{name: value for name, value in overrides.items() if value is not None})
+    if config.reference_every and objective.kl_coef == 0:
+        raise ValueError(
+            "algorithm.reference_every renews the reference model, and kl_coef = 0 keeps none: set one of them"
+        )
     return Algorithm(objective, config.average or preset.average, config.scale or preset.scale)
 
 

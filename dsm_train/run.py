@@ -119,8 +119,11 @@ class Run:
 
 
 @contextmanager
-def start(config: StageConfig, sampling: SamplingConfig, prog: str) -> Iterator[Run]:
-    """Prepare a run; an error in what the user gave is one line and exit status 2, before anything is trained."""
+def start(config: StageConfig, sampling: SamplingConfig, prog: str, *, trains: bool = True) -> Iterator[Run]:
+    """Prepare a run; an error in what the user gave is one line and exit status 2, before anything is trained.
+
+    A stage that does not train keeps no records, and leaves those of the stage that did as they are.
+    """
     with user_errors(prog):
         if config.run.init is not None:
             config = replace(config, model=weights.saved_model(config.run.init, config.model))
@@ -129,6 +132,8 @@ def start(config: StageConfig, sampling: SamplingConfig, prog: str) -> Iterator[
         vocab = padded_vocab(tokenizer.vocab_size, config.model.vocab_multiple, config.parallel.tp)
         parallel.check_layout(config.parallel, config.model, vocab)
         check_whole(config.parallel)
+        if config.supervised is not None:
+            check_batch(config.parallel, "the batch of supervised training", config.supervised.batch)
         check_lengths(config, sampling, (*tasks.train, *tasks.heldout), tokenizer)
         check_solutions(config, tasks, tokenizer)
         if config.run.init is not None:
@@ -137,7 +142,7 @@ def start(config: StageConfig, sampling: SamplingConfig, prog: str) -> Iterator[
         prepare_output(config.run.out)
         threads = parallel.set_threads(config.run.threads)
         layout = parallel.start(config.parallel, config.run.seed)
-    out = config.run.out if layout.is_main else None
+    out = config.run.out if layout.is_main and trains else None
     if out is not None:
         for name in ("metrics.jsonl", "samples.jsonl"):
             if (out / name).exists():

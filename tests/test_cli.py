@@ -233,3 +233,27 @@ def test_import_is_light():
     # --help and a misspelt key must answer at once, not after torch is loaded
     code = "import sys, dsm_train.cli, dsm_train.metrics; sys.exit(bool({'torch', 'megatron'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_a_recipe_serves_several_stages(tmp_path: Path) -> None:
+    # GRPO's recipe starts an evaluation: what only GRPO has is passed over, and a slip is still a slip
+    from dsm_train.config import EvaluateConfig, GrpoConfig
+
+    recipe = tmp_path / "grpo.yaml"
+    recipe.write_text("steps: 3\nwarmup: {steps: 1, optim: {lr: 1e-3}}\nsampling: {max_new_tokens: 7}\n")
+    known = {"prog": "x", "description": "", "others": [GrpoConfig, EvaluateConfig]}
+    config = load_config(EvaluateConfig, ["--config", str(recipe)], **known)
+    assert config.sampling.max_new_tokens == 7
+    with pytest.raises(ValueError, match="unknown key 'steps'"):
+        load_config(EvaluateConfig, ["steps=3"], **known)
+    recipe.write_text("warmup: {stepz: 1}\n")
+    with pytest.raises(ValueError, match="warmup.stepz"):
+        load_config(EvaluateConfig, ["--config", str(recipe)], **known)
+
+
+@pytest.mark.parametrize("recipe", sorted(Path(__file__).parents[1].glob("recipes/*.yaml")), ids=lambda path: path.stem)
+def test_every_recipe_loads_in_every_stage(recipe: Path) -> None:
+    from dsm_train.__main__ import stage_configs
+
+    for stage in stage_configs():
+        load_config(stage, ["--config", str(recipe)], prog="x", description="", others=stage_configs())

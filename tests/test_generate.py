@@ -48,8 +48,10 @@ def responses(rollouts: Rollouts) -> list[list[int]]:
 @torch.no_grad()
 def best_next(policy: Model, sequences: list[list[int]]) -> list[int]:
     """The likeliest token after each whole sequence, without any cache."""
-    cu = offsets([len(tokens) for tokens in sequences])
-    layout, tokens = PackedLayout.from_cu_seqlens(cu), torch.tensor([t for tokens in sequences for t in tokens])
+    device = policy.head_weight().device
+    cu = offsets([len(tokens) for tokens in sequences]).to(device)
+    layout = PackedLayout.from_cu_seqlens(cu)
+    tokens = torch.tensor([t for tokens in sequences for t in tokens], device=device)
     hidden = forward_hidden(policy.chunks[0], policy.config, tokens, layout.positions_T, PackedAttend(layout))
     return (hidden[cu[1:].long() - 1, 0] @ policy.head_weight().T).argmax(-1).tolist()
 

@@ -32,7 +32,7 @@ T = SEQUENCES.response_token_T.numel()
 
 
 def main_gradients(policy: TrainableModel) -> dict[str, Tensor]:
-    return {name: p.main_grad.detach().clone() for name, p in weights.named_weights(policy.chunks)}
+    return {name: p.main_grad.detach().cpu().clone() for name, p in weights.named_weights(policy.chunks)}
 
 
 def paper_loss(hf: torch.nn.Module, old_S: list[Tensor], ref_S: list[Tensor], advantage_S: Tensor) -> Tensor:

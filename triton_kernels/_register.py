@@ -6,6 +6,7 @@ on the CPU when it is built; `register_triton` overrides it on CUDA, and on the 
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
 from collections.abc import Callable, Iterator, Mapping
@@ -48,8 +49,14 @@ def custom_op(name: str, reference: Callable[..., Any]) -> CustomOpDef:
 
 def register_triton(op: CustomOpDef, launch: Callable[..., Any]) -> None:
     """Let `launch` serve CUDA tensors; with `TRITON_INTERPRET=1` also CPU tensors."""
+
+    @functools.wraps(launch)
+    def launch_on_its_device(*args: Any) -> Any:
+        with torch.cuda.device_of(args[0]):  # Triton launches on the current device, wherever the tensors are
+            return launch(*args)
+
     if HAS_TRITON or INTERPRET:
-        op.register_kernel("cuda")(launch)
+        op.register_kernel("cuda")(launch_on_its_device)
     if INTERPRET:
         op.register_kernel("cpu")(launch)
 

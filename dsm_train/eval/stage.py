@@ -13,7 +13,7 @@ from dsm_train.types import Prompt
 
 def evaluate(config: EvaluateConfig) -> None:
     """Stage `eval`: prints, and writes eval.json."""
-    with start(config, config.sampling, "dsm-train eval") as run:
+    with start(config, config.sampling, "dsm-train eval", trains=False) as run:
         evaluator = run.evaluator(run.model(), config.sampling)
         result: dict[str, object] = {"tasks": len(run.tasks.heldout)}
         result["greedy_accuracy"] = evaluator.greedy_accuracy(run.tasks.heldout)
@@ -26,7 +26,7 @@ def evaluate(config: EvaluateConfig) -> None:
 
 def generate(config: GenerateConfig) -> None:
     """Stage `generate`: prints responses."""
-    with start(config, config.sampling, "dsm-train generate") as run:
+    with start(config, config.sampling, "dsm-train generate", trains=False) as run:
         texts = config.prompts or tuple(task.prompt for task in run.tasks.heldout[:4])
         with user_errors("dsm-train generate"):
             given = [Task(i, text, answer="", solution=None) for i, text in enumerate(texts)]

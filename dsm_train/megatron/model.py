@@ -50,8 +50,8 @@ def uses_transformer_engine(model: ModelConfig) -> bool:
     """Which layers serve; raises `ValueError` when Transformer Engine is asked for and absent."""
     if model.layers == "transformer_engine" and not transformer_engine_available():
         raise ValueError(
-            "model.layers=transformer_engine needs Transformer Engine and CUDA: pip install 'dsm[te]', "
-            "or set model.layers=auto"
+            "model.layers=transformer_engine needs Transformer Engine and CUDA: "
+            "pip install --no-build-isolation '.[te]', or set model.layers=auto"
         )
     return model.layers != "local" and transformer_engine_available()
 

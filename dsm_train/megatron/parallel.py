@@ -68,11 +68,6 @@ class Parallel:
         dist.all_gather_object(values, value, group=self.groups.dp)
         return values
 
-    def barrier(self) -> None:
-        """Wait for all ranks."""
-        if self.world_size > 1:
-            dist.barrier()
-
 
 def world_size() -> int:
     """Ranks that torchrun started; 1 without torchrun."""
@@ -121,7 +116,13 @@ def start(config: ParallelConfig, seed: int) -> Parallel:
         alone = {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
         cuda = torch.cuda.is_available()
         if cuda:
-            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+            local, devices = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+            if local >= devices:
+                raise ValueError(
+                    f"rank {local} of this machine has no GPU of its own: it has {devices}; start at most "
+                    f"{devices} ranks on it, or train on the CPU with CUDA_VISIBLE_DEVICES="
+                )
+            torch.cuda.set_device(local)
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timedelta(minutes=config.timeout_minutes), **alone
         )

@@ -26,7 +26,7 @@ class RewardConfig:
             if not (math.isfinite(weight) and weight >= 0):
                 raise ValueError(f"reward.{name} must be a finite weight of at least 0, got {weight}")
         if self.numeric == self.format == 0:
-            raise ValueError("reward.numeric and reward.format are both 0: raise one, or nothing can be learned")
+            raise ValueError("rewards.numeric and rewards.format are both 0: raise one, or nothing can be learned")
 
 
 def reward(response: str, answer: str, config: RewardConfig) -> float:

@@ -33,6 +33,7 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> Ranks:
 
 def run_workers(world: int, names: list[str], out: Path) -> None:
     env = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    env["CUDA_VISIBLE_DEVICES"] = ""  # two ranks on gloo, whatever the machine has
     env |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(HERE.parent), str(HERE.parent.parent)])}
     command = [sys.executable, "-W", "ignore", str(HERE / "layout_worker.py")]
     workers = [
@@ -142,7 +143,7 @@ def test_what_is_not_built_for_a_split_model_says_so(name: str, ranks: Ranks) ->
 def test_torchrun_refuses_a_split_before_training(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone",
                "-m", "dsm_train", "grpo", "parallel.tp=2", f"run.out={tmp_path / 'run'}"]  # fmt: skip
-    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    env = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     result = subprocess.run(command, capture_output=True, text=True, env=env, timeout=120)
     # torchrun adds a report of its own below what the ranks say
     ours, _, report = result.stderr.partition("torch/distributed")
