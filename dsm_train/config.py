@@ -190,12 +190,14 @@ class SamplingConfig:
     """Sample among the k most likely tokens; 0: all."""
     max_new_tokens: int = 512
     """Longest response, in tokens."""
+    batch: int = 1024
+    """Responses that are decoded together on a rank (whole groups): bounds the memory of the cache."""
 
     def __post_init__(self) -> None:
         _require(self.temperature >= 0, "temperature", "at least 0", self.temperature)
         _require(0 < self.top_p <= 1, "top_p", "above 0 and at most 1", self.top_p)
         _require(self.top_k >= 0, "top_k", "at least 0", self.top_k)
-        _require(self.max_new_tokens >= 1, "max_new_tokens", "at least 1", self.max_new_tokens)
+        _at_least(1, self, "sampling.", "max_new_tokens", "batch")
 
 
 @dataclass(frozen=True)
@@ -275,12 +277,10 @@ class EvalConfig:
     """Evaluate on this many held-out tasks during training; none: on all."""
     samples: int = 0
     """Samples per task for pass@k at the end; 0: greedy accuracy alone."""
-    batch: int = 1024
-    """Responses that are decoded together."""
 
     def __post_init__(self) -> None:
         _at_least(0, self, "eval.", "every", "samples")
-        _at_least(1, self, "eval.", "tasks", "batch")
+        _at_least(1, self, "eval.", "tasks")
 
 
 @dataclass(frozen=True)

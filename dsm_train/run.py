@@ -90,7 +90,7 @@ class Run:
 
     def evaluator(self, model: Model, sampling: SamplingConfig) -> Evaluator:
         """Evaluation with the model's live weights."""
-        return Evaluator(self.engine(model), self.tokenizer, self.parallel, sampling, self.config.eval.batch)
+        return Evaluator(self.engine(model), self.tokenizer, self.parallel, sampling)
 
     def eval_tasks(self) -> Sequence[Task]:
         """The held-out tasks that are evaluated while training."""

@@ -126,6 +126,25 @@ class Rollouts:
     old_logprob_T: Tensor | None = None
     """The trainer's log-probabilities before the update; None when the update is on-policy."""
 
+    @staticmethod
+    def concatenate(parts: list[Rollouts]) -> Rollouts:
+        """Freshly sampled rollouts of other prompts after each other, as one."""
+        sequences = [part.sequences for part in parts]
+        joined = Sequences(
+            torch.cat([s.prompt_token for s in sequences]),
+            offsets([n for s in sequences for n in s.prompt_cu.diff().tolist()]),
+            torch.cat([s.response_token_T for s in sequences]),
+            offsets([n for s in sequences for n in s.response_cu.diff().tolist()]),
+            offsets([n for s in sequences for n in s.group_cu.diff().tolist()]),
+        )
+        return Rollouts(
+            joined,
+            torch.cat([part.prompt_id_P for part in parts]),
+            torch.cat([part.rollout_logprob_T for part in parts]),
+            torch.cat([part.finished_S for part in parts]),
+            parts[0].weight_version,
+        )
+
     def with_(self, **changes: Tensor) -> Rollouts:
         """A copy with some fields set."""
         return replace(self, **changes)

@@ -41,10 +41,10 @@ def tokenizer() -> Tokenizer:
 
 def test_greedy_accuracy_counts_right_answers(tokenizer: Tokenizer, layout: Parallel) -> None:
     engine = Scripted(tokenizer, [1, 0, 1, 1, 0, 1, 0])
-    evaluator = Evaluator(engine, tokenizer, layout, SAMPLING, batch=3)
+    evaluator = Evaluator(engine, tokenizer, layout, SAMPLING)
     assert evaluator.greedy_accuracy(TASKS) == pytest.approx(4 / 7)
-    # every task once, in batches of 3; greedy, untruncated; at a step that no training step has
-    assert [ids for ids, *_ in engine.calls] == [[0, 1, 2], [3, 4, 5], [6]]
+    # every task once; greedy, untruncated; at a step that no training step has
+    assert [ids for ids, *_ in engine.calls] == [[0, 1, 2, 3, 4, 5, 6]]
     greedy = SamplingConfig(temperature=0.0, max_new_tokens=4)
     assert all(call[1:] == (1, greedy, -1) for call in engine.calls)
 
@@ -52,13 +52,13 @@ def test_greedy_accuracy_counts_right_answers(tokenizer: Tokenizer, layout: Para
 def test_pass_at_k_averages_over_tasks(tokenizer: Tokenizer, layout: Parallel) -> None:
     right = [4, 0, 1, 2, 3, 0, 4]
     engine = Scripted(tokenizer, right)
-    evaluator = Evaluator(engine, tokenizer, layout, SAMPLING, batch=8)
+    evaluator = Evaluator(engine, tokenizer, layout, SAMPLING)
     result = evaluator.pass_at_k(TASKS, 4)
     assert list(result) == [1, 2, 4]
     assert result[1] == pytest.approx(sum(right) / 28)
     assert result[2] == pytest.approx(sum(pass_at_k(4, c, 2) for c in right) / 7)
     assert result[4] == pytest.approx(5 / 7)  # any right one of all four
-    assert all(call[1:3] == (4, SAMPLING) and len(call[0]) <= 2 for call in engine.calls)
+    assert all(call[1:3] == (4, SAMPLING) for call in engine.calls)
 
 
 @pytest.mark.parametrize("num_samples", [1, 4, 6])

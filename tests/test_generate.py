@@ -113,6 +113,18 @@ def test_a_response_does_not_depend_on_its_company(policy: Model) -> None:
         torch.testing.assert_close(alone.rollout_logprob_T, together.rollout_logprob_T[span], rtol=1e-5, atol=1e-5)
 
 
+# groups of 4: one at a time, even where a batch is smaller than a group; two and two; three and one
+@pytest.mark.parametrize("batch", [1, 8, 12])
+def test_batches_of_groups_are_joined_in_order(batch: int, policy: Model) -> None:
+    engine = EmbeddedEngine(policy, STOP, seed=0)
+    whole, parts = (engine.generate(PROMPTS, 4, replace(SAMPLING, batch=b), step=0) for b in (1024, batch))
+    assert responses(parts) == responses(whole)
+    for name in ("prompt_token", "prompt_cu", "response_cu", "group_cu"):
+        assert torch.equal(getattr(parts.sequences, name), getattr(whole.sequences, name)), name
+    assert torch.equal(parts.prompt_id_P, whole.prompt_id_P) and torch.equal(parts.finished_S, whole.finished_S)
+    torch.testing.assert_close(parts.rollout_logprob_T, whole.rollout_logprob_T, rtol=1e-5, atol=1e-5)
+
+
 def test_responses_end_at_a_stop_token_or_at_the_limit(policy: Model) -> None:
     rollouts = EmbeddedEngine(policy, STOP, seed=0).generate(PROMPTS, 8, SAMPLING, step=0)
     finished = rollouts.finished_S.tolist()

@@ -24,7 +24,6 @@ class Evaluator:
     tokenizer: Tokenizer
     parallel: Parallel
     sampling: SamplingConfig
-    batch: int
 
     def greedy_accuracy(self, tasks: Sequence[Task]) -> float:
         """Share of tasks (over all data-parallel ranks) whose greedy response is right."""
@@ -41,18 +40,13 @@ class Evaluator:
     def _correct(self, tasks: Sequence[Task], num_samples: int, sampling: SamplingConfig) -> list[int]:
         """Number of right responses to each of this replica's tasks."""
         mine = tasks[self.parallel.dp_rank :: self.parallel.dp_size]
-        per_call = max(1, self.batch // num_samples)
-        correct = []
-        for first in range(0, len(mine), per_call):
-            asked = mine[first : first + per_call]
-            prompts = [Prompt(task.id, self.tokenizer.encode(task.prompt)) for task in asked]
-            # No training step has this number, so evaluation never shares its random numbers with training.
-            rollouts = self.engine.generate(prompts, num_samples, sampling, step=-1)
-            for i, task in enumerate(asked):
-                responses = (rollouts.sequences.response(s) for s in range(i * num_samples, (i + 1) * num_samples))
-                correct.append(
-                    sum(numeric_reward(self.tokenizer.decode(r.tolist()), task.answer) == 1.0 for r in responses)
-                )
+        prompts = [Prompt(task.id, self.tokenizer.encode(task.prompt)) for task in mine]
+        # No training step has this number, so evaluation never shares its random numbers with training.
+        rollouts = self.engine.generate(prompts, num_samples, sampling, step=-1)
+        correct = [0] * len(mine)
+        for s, p in enumerate(rollouts.sequences.prompt_of_response_S.tolist()):
+            response = self.tokenizer.decode(rollouts.sequences.response(s).tolist())
+            correct[p] += numeric_reward(response, mine[p].answer) == 1.0
         return correct
 
     def _mean(self, values: Sequence[float]) -> float:

@@ -103,11 +103,15 @@ class EmbeddedEngine:
         for prompt in prompts:
             if not prompt.token:
                 raise ValueError(f"prompt {prompt.id} has no token: there is nothing to continue")
-        batch = _Decoding(self, prompts, num_samples, sampling, step)
-        batch.prefill()
-        while batch.active.numel():
-            batch.decode()
-        return batch.rollouts()
+        groups = max(1, sampling.batch // num_samples)
+        parts = []
+        for first in range(0, max(1, len(prompts)), groups):
+            batch = _Decoding(self, prompts[first : first + groups], num_samples, sampling, step)
+            batch.prefill()
+            while batch.active.numel():
+                batch.decode()
+            parts.append(batch.rollouts())
+        return Rollouts.concatenate(parts)
 
 
 def _logits(hidden_BD: Tensor, head_VD: Tensor) -> Tensor:
