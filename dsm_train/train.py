@@ -75,12 +75,15 @@ def explore_and_update(run: Run, config: GrpoConfig, algo: Algorithm, policy: Tr
             results = update(run, config, algo, policy, rollouts)
             watch.lap("update_seconds")
             values = run.average(rollout_metrics(rollouts)) | step_metrics(results)
+            if reference is None:
+                del values["kl"]  # there is nothing to measure it against
             values |= watch.rate(run.total(int(sequence_lengths(rollouts.sequences).sum())))
             if every and (step + 1) % every == 0 and step + 1 < config.steps:
                 values["heldout_accuracy"] = run.evaluator(policy, config.sampling).greedy_accuracy(run.eval_tasks())
             run.metrics.log(step + 1, "grpo", values)
             run.samples.log(step + 1, read_samples(rollouts, tasks, run.tokenizer, count=4))
-            progress.step({name: values[name] for name in ("reward", "kl", "response_tokens", "tokens_per_second")})
+            shown = ("reward", "heldout_accuracy", "kl", "response_tokens", "tokens_per_second")
+            progress.step({name: values[name] for name in shown if name in values})
 
 
 def score_rollouts(
