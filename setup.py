@@ -36,6 +36,7 @@ EXTRAS = {
         "safetensors",
         "tyro>=1.0.17",
         "PyYAML",
+        "pyarrow",
         "tensorboard",
         "matplotlib",
     ],

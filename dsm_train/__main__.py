@@ -33,28 +33,28 @@ class Stage:
 
 def stage(name: str) -> Stage:
     """The stage of this name; imports what it needs and no more."""
-    from dsm_train import config
+    from dsm_train import stages
 
     if name == "grpo":
         from dsm_train.train import train_grpo
 
-        return Stage(config.GrpoConfig, train_grpo, "GRPO: sample groups of responses, score them, update the policy.")
+        return Stage(stages.GrpoConfig, train_grpo, "GRPO: sample groups of responses, score them, update the policy.")
     if name == "sft":
         from dsm_train.sft import train_sft
 
-        return Stage(config.SftConfig, train_sft, "Supervised fine-tuning on worked solutions.")
+        return Stage(stages.SftConfig, train_sft, "Supervised fine-tuning on worked solutions.")
     from dsm_train.eval.stage import evaluate, generate
 
     if name == "eval":
-        return Stage(config.EvaluateConfig, evaluate, "Greedy accuracy and pass@k on held-out tasks.")
-    return Stage(config.GenerateConfig, generate, "Sample responses to prompts.")
+        return Stage(stages.EvaluateConfig, evaluate, "Greedy accuracy and pass@k on held-out tasks.")
+    return Stage(stages.GenerateConfig, generate, "Sample responses to prompts.")
 
 
 def stage_configs() -> list[type]:
     """The configurations of all stages, which may share a recipe."""
-    from dsm_train import config
+    from dsm_train import stages
 
-    return [config.SftConfig, config.GrpoConfig, config.EvaluateConfig, config.GenerateConfig]
+    return [stages.SftConfig, stages.GrpoConfig, stages.EvaluateConfig, stages.GenerateConfig]
 
 
 def main(argv: list[str] | None = None) -> None:

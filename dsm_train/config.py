@@ -1,4 +1,4 @@
-"""Configuration: frozen dataclasses, one per component, composed into one per stage.
+"""Configuration: frozen dataclasses, one per component; stages.py composes them into one per stage.
 
 Every field has a sentence below it; `python -m dsm_train <stage> --help` shows them. Each component checks its own
 values in `__post_init__`; what spans components (heads against tensor parallelism, ...) is checked by the stage.
@@ -10,10 +10,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from dsm_train.rewards import RewardConfig
 
-
-def _require(condition: bool, name: str, rule: str, value: object) -> None:
+def require(condition: bool, name: str, rule: str, value: object) -> None:
+    """Raise `ValueError` with the name, the rule and the value unless the condition holds."""
     if not condition:
         raise ValueError(f"{name} must be {rule}; got {value}")
 
@@ -21,7 +20,7 @@ def _require(condition: bool, name: str, rule: str, value: object) -> None:
 def _at_least(least: int, config: object, section: str, *names: str) -> None:
     for name in names:
         value = getattr(config, name)
-        _require(value is None or value >= least, section + name, f"at least {least}", value)
+        require(value is None or value >= least, section + name, f"at least {least}", value)
 
 
 @dataclass(frozen=True)
@@ -62,19 +61,19 @@ class ModelConfig:
     def __post_init__(self) -> None:
         _at_least(1, self, "model.", "num_layers", "hidden_size", "num_heads", "num_kv_heads", "head_size")
         _at_least(1, self, "model.", "ffn_size", "max_length", "vocab_multiple")
-        _require(
+        require(
             self.num_heads % self.num_kv_heads == 0,
             "model.num_heads",
             f"a multiple of model.num_kv_heads = {self.num_kv_heads}",
             self.num_heads,
         )
-        _require(
+        require(
             self.head_size is not None or self.hidden_size % self.num_heads == 0,
             "model.hidden_size",
             f"a multiple of model.num_heads = {self.num_heads}, or model.head_size given",
             self.hidden_size,
         )
-        _require(self.kv_channels % 2 == 0, "model.head_size", "even, for rotary embeddings", self.kv_channels)
+        require(self.kv_channels % 2 == 0, "model.head_size", "even, for rotary embeddings", self.kv_channels)
 
     @property
     def kv_channels(self) -> int:
@@ -98,13 +97,16 @@ class ParallelConfig:
     """Shard the optimizer's state over data-parallel ranks."""
     overlap: bool = False
     """Overlap gradient reduction with the backward pass."""
+    balance: bool = True
+    """Share the responses of an update out over data-parallel replicas by estimated cost."""
     timeout_minutes: float = 10.0
-    """A collective that waits longer ends the run."""
+    """A rank that keeps the others waiting longer ends the run, with a line that names it and what it was doing."""
 
     def __post_init__(self) -> None:
         _at_least(1, self, "parallel.", "tp", "pp", "vpp")
-        _require(self.vpp == 1 or self.pp > 1, "parallel.vpp", "1 when parallel.pp is 1", self.vpp)
-        _require(not self.sp or self.tp > 1, "parallel.sp", "false when parallel.tp is 1", self.sp)
+        require(self.timeout_minutes > 0, "parallel.timeout_minutes", "above 0", self.timeout_minutes)
+        require(self.vpp == 1 or self.pp > 1, "parallel.vpp", "1 when parallel.pp is 1", self.vpp)
+        require(not self.sp or self.tp > 1, "parallel.sp", "false when parallel.tp is 1", self.sp)
 
 
 @dataclass(frozen=True)
@@ -131,10 +133,10 @@ class OptimConfig:
     """Clip the global gradient norm to this; 0 turns clipping off."""
 
     def __post_init__(self) -> None:
-        _require(self.lr > 0, "lr", "above 0", self.lr)
-        _require(0 <= self.min_lr <= self.lr, "min_lr", f"between 0 and lr = {self.lr}", self.min_lr)
-        _require(self.warmup_steps >= 0, "warmup_steps", "at least 0", self.warmup_steps)
-        _require(self.clip_grad >= 0, "clip_grad", "at least 0", self.clip_grad)
+        require(self.lr > 0, "lr", "above 0", self.lr)
+        require(0 <= self.min_lr <= self.lr, "min_lr", f"between 0 and lr = {self.lr}", self.min_lr)
+        require(self.warmup_steps >= 0, "warmup_steps", "at least 0", self.warmup_steps)
+        require(self.clip_grad >= 0, "clip_grad", "at least 0", self.clip_grad)
 
 
 @dataclass(frozen=True)
@@ -163,14 +165,14 @@ class DataConfig:
     """Seed of the generator and of the split."""
 
     def __post_init__(self) -> None:
-        _require(self.heldout_tasks >= 1, "data.heldout_tasks", "at least 1", self.heldout_tasks)
-        _require(
+        require(self.heldout_tasks >= 1, "data.heldout_tasks", "at least 1", self.heldout_tasks)
+        require(
             "{question}" in self.prompt_template,
             "data.prompt_template",
             "text with {question} in it",
             repr(self.prompt_template),
         )
-        _require(
+        require(
             self.heldout_path is None or self.path is not None,
             "data.heldout_path",
             "given with data.path",
@@ -194,9 +196,9 @@ class SamplingConfig:
     """Responses that are decoded together on a rank (whole groups): bounds the memory of the cache."""
 
     def __post_init__(self) -> None:
-        _require(self.temperature >= 0, "temperature", "at least 0", self.temperature)
-        _require(0 < self.top_p <= 1, "top_p", "above 0 and at most 1", self.top_p)
-        _require(self.top_k >= 0, "top_k", "at least 0", self.top_k)
+        require(self.temperature >= 0, "temperature", "at least 0", self.temperature)
+        require(0 < self.top_p <= 1, "top_p", "above 0 and at most 1", self.top_p)
+        require(self.top_k >= 0, "top_k", "at least 0", self.top_k)
         _at_least(1, self, "sampling.", "max_new_tokens", "batch")
 
 
@@ -214,6 +216,8 @@ class AlgorithmConfig:
     """beta, the weight of the KL to the reference model in the loss; 0 keeps no reference model."""
     kl: Literal["k1", "k2", "k3", "k1+", "k3+"] | None = None
     """KL estimator; k3 is the paper's."""
+    entropy_coef: float | None = None
+    """Weight of the entropy bonus in the loss."""
     average: Literal["response", "token", "fixed"] | None = None
     """Average per response and then over responses (the paper), over all tokens, or by a fixed length."""
     scale: Literal["std", "none", "loo", "batch"] | None = None
@@ -232,7 +236,7 @@ class AlgorithmConfig:
     """Control experiment: permute rewards within each step, so that they carry no information."""
 
     def __post_init__(self) -> None:
-        _require(
+        require(
             self.group_size >= 2,
             "algorithm.group_size",
             "at least 2: GRPO's baseline is the group's mean",
@@ -240,7 +244,7 @@ class AlgorithmConfig:
         )
         _at_least(1, self, "algorithm.", "prompts_per_step", "minibatches", "epochs")
         _at_least(0, self, "algorithm.", "reference_every")
-        _require(
+        require(
             self.prompts_per_step % self.minibatches == 0,
             "algorithm.prompts_per_step",
             f"a multiple of algorithm.minibatches = {self.minibatches}",
@@ -264,7 +268,7 @@ class RunConfig:
     """CPU threads per rank; 0: the machine's cores divided by the ranks on it."""
 
     def __post_init__(self) -> None:
-        _require(self.max_tokens >= 1, "run.max_tokens", "at least 1", self.max_tokens)
+        require(self.max_tokens >= 1, "run.max_tokens", "at least 1", self.max_tokens)
 
 
 @dataclass(frozen=True)
@@ -301,97 +305,3 @@ class SftTraining:
     def __post_init__(self) -> None:
         _at_least(0, self, "supervised training: ", "steps")
         _at_least(1, self, "supervised training: ", "batch", "examples")
-
-
-@dataclass(frozen=True)
-class StageConfig:
-    """What every stage is made of."""
-
-    run: RunConfig = field(default_factory=RunConfig)
-    """Run."""
-    model: ModelConfig = field(default_factory=ModelConfig)
-    """Model."""
-    parallel: ParallelConfig = field(default_factory=ParallelConfig)
-    """Parallelism."""
-    data: DataConfig = field(default_factory=DataConfig)
-    """Data."""
-    rewards: RewardConfig = field(default_factory=RewardConfig)
-    """Rewards."""
-    eval: EvalConfig = field(default_factory=EvalConfig)
-    """Evaluation."""
-
-    @property
-    def supervised(self) -> SftTraining | None:
-        """The supervised training that the stage does, if any."""
-        return None
-
-
-@dataclass(frozen=True)
-class SftConfig(StageConfig):
-    """Stage `sft`."""
-
-    sft: SftTraining = field(default_factory=SftTraining)
-    """Supervised fine-tuning."""
-    sampling: SamplingConfig = field(default_factory=lambda: SamplingConfig(temperature=0.0))
-    """How evaluation samples."""
-
-    def __post_init__(self) -> None:
-        _require(self.sft.steps >= 1, "sft.steps", "at least 1", self.sft.steps)
-
-    @property
-    def supervised(self) -> SftTraining | None:
-        """The stage's own training."""
-        return self.sft
-
-
-@dataclass(frozen=True)
-class GrpoConfig(StageConfig):
-    """Stage `grpo`: the paper's Algorithm 1, after a supervised warm-up where one is asked for."""
-
-    warmup: SftTraining = field(default_factory=lambda: SftTraining(steps=0))
-    """Supervised warm-up before GRPO; steps=0 skips it."""
-    algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)
-    """Algorithm."""
-    sampling: SamplingConfig = field(default_factory=SamplingConfig)
-    """Sampling of rollouts."""
-    optim: OptimConfig = field(default_factory=OptimConfig)
-    """Optimizer of GRPO."""
-    steps: int = 200
-    """Exploration stages: sample, score, update."""
-
-    @property
-    def supervised(self) -> SftTraining | None:
-        """The warm-up, where there is one."""
-        return self.warmup if self.warmup.steps else None
-
-    def __post_init__(self) -> None:
-        _require(self.steps >= 1, "steps", "at least 1", self.steps)
-        _require(
-            self.sampling.temperature > 0,
-            "sampling.temperature",
-            "above 0 for GRPO: greedy responses of a group are all equal",
-            self.sampling.temperature,
-        )
-
-
-@dataclass(frozen=True)
-class EvaluateConfig(StageConfig):
-    """Stage `eval`: greedy accuracy and pass@k on held-out tasks."""
-
-    sampling: SamplingConfig = field(default_factory=SamplingConfig)
-    """How pass@k samples; greedy accuracy is measured as well."""
-
-
-@dataclass(frozen=True)
-class GenerateConfig(StageConfig):
-    """Stage `generate`: sample responses and print them."""
-
-    prompts: tuple[str, ...] = ()
-    """Prompts to answer; none: the first held-out tasks."""
-    num_samples: int = 1
-    """Responses per prompt."""
-    sampling: SamplingConfig = field(default_factory=SamplingConfig)
-    """How responses are sampled."""
-
-    def __post_init__(self) -> None:
-        _require(self.num_samples >= 1, "num_samples", "at least 1", self.num_samples)

@@ -11,8 +11,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from dsm_train.config import AlgorithmConfig, GrpoConfig
+from dsm_train.config import AlgorithmConfig
 from dsm_train.megatron.parallel import Parallel
+from dsm_train.stages import GrpoConfig
 from dsm_train.types import Rollouts, Sequences
 from dsm_train.update import Rows
 from triton_kernels import Objective, group_advantage
@@ -47,7 +48,7 @@ PRESETS: dict[str, Algorithm] = {
 def algorithm(config: AlgorithmConfig) -> Algorithm:
     """The preset with what the configuration overrides."""
     preset = PRESETS[config.preset]
-    overrides = {name: getattr(config, name) for name in ("clip_low", "clip_high", "kl_coef", "kl")}
+    overrides = {name: getattr(config, name) for name in ("clip_low", "clip_high", "kl_coef", "kl", "entropy_coef")}
     objective = replace(preset.objective, **{name: value for name, value in overrides.items() if value is not None})
     if config.reference_every and objective.kl_coef == 0:
         raise ValueError(

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from dsm_train.cli import to_yaml, user_errors
-from dsm_train.config import OptimConfig, ParallelConfig, SamplingConfig, StageConfig
+from dsm_train.config import OptimConfig, ParallelConfig, SamplingConfig
 from dsm_train.data import Task, Tokenizer
 from dsm_train.data.source import Tasks, load_tasks, make_tokenizer, solved
 from dsm_train.eval.evaluate import Evaluator
@@ -22,6 +22,7 @@ from dsm_train.megatron.step import Model, TrainableModel, adam_implementation
 from dsm_train.metrics import Metrics, Progress, Samples, prepare_output
 from dsm_train.report import startup_table
 from dsm_train.rollout.embedded import EmbeddedEngine
+from dsm_train.stages import StageConfig
 from triton_kernels import implementations
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from dsm_train.config import SftConfig, SftTraining
+from dsm_train.config import SftTraining
 from dsm_train.data import Task, Tokenizer
 from dsm_train.data.source import draw, solved
 from dsm_train.eval.evaluate import Evaluator
@@ -16,6 +16,7 @@ from dsm_train.megatron.step import Loss, TrainableModel
 from dsm_train.packing import MicroBatch, pack
 from dsm_train.report import learning_curve
 from dsm_train.run import Run, start
+from dsm_train.stages import SftConfig
 from dsm_train.types import Sequences
 from dsm_train.update import optimizer_step, supervised_loss
 

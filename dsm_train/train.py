@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from dsm_train.cli import user_errors
-from dsm_train.config import GrpoConfig
 from dsm_train.data import Task
 from dsm_train.data.source import draw
 from dsm_train.grpo import Algorithm, algorithm, token_rows
@@ -17,6 +16,7 @@ from dsm_train.report import Report, learning_curve, write_report
 from dsm_train.rollout.score import read_samples, rollout_metrics, score, shuffle_rewards
 from dsm_train.run import Run, check_batch, start
 from dsm_train.sft import supervise
+from dsm_train.stages import GrpoConfig
 from dsm_train.types import Prompt, Rollouts
 from dsm_train.update import StepResult, optimizer_step, policy_loss, step_metrics
 

@@ -237,7 +237,7 @@ def test_import_is_light():
 
 def test_a_recipe_serves_several_stages(tmp_path: Path) -> None:
     # GRPO's recipe starts an evaluation: what only GRPO has is passed over, and a slip is still a slip
-    from dsm_train.config import EvaluateConfig, GrpoConfig
+    from dsm_train.stages import EvaluateConfig, GrpoConfig
 
     recipe = tmp_path / "grpo.yaml"
     recipe.write_text("steps: 3\nwarmup: {steps: 1, optim: {lr: 1e-3}}\nsampling: {max_new_tokens: 7}\n")

@@ -11,9 +11,10 @@ import pytest
 import tiny
 import torch
 
-from dsm_train.config import AlgorithmConfig, GrpoConfig, SamplingConfig
+from dsm_train.config import AlgorithmConfig, SamplingConfig
 from dsm_train.grpo import PRESETS, Algorithm, algorithm, token_rows, token_weights
 from dsm_train.megatron.parallel import Parallel
+from dsm_train.stages import GrpoConfig
 from dsm_train.types import Rollouts
 from triton_kernels import Objective, group_advantage
 

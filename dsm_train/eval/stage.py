@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 
 from dsm_train.cli import user_errors
-from dsm_train.config import EvaluateConfig, GenerateConfig
 from dsm_train.data import Task
 from dsm_train.run import check_lengths, start
+from dsm_train.stages import EvaluateConfig, GenerateConfig
 from dsm_train.types import Prompt
 
 

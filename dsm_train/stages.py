@@ -1,0 +1,119 @@
+"""One configuration per stage, composed of the components in config.py."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from dsm_train.config import (
+    AlgorithmConfig,
+    DataConfig,
+    EvalConfig,
+    ModelConfig,
+    OptimConfig,
+    ParallelConfig,
+    RunConfig,
+    SamplingConfig,
+    SftTraining,
+    require,
+)
+from dsm_train.rewards import RewardConfig
+
+
+@dataclass(frozen=True)
+class StageConfig:
+    """What every stage is made of."""
+
+    run: RunConfig = field(default_factory=RunConfig)
+    """Run."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    """Model."""
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    """Parallelism."""
+    data: DataConfig = field(default_factory=DataConfig)
+    """Data."""
+    rewards: RewardConfig = field(default_factory=RewardConfig)
+    """Rewards."""
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    """Evaluation."""
+
+    @property
+    def supervised(self) -> SftTraining | None:
+        """The supervised training that the stage does, if any."""
+        return None
+
+
+@dataclass(frozen=True)
+class SftConfig(StageConfig):
+    """Stage `sft`."""
+
+    sft: SftTraining = field(default_factory=SftTraining)
+    """Supervised fine-tuning."""
+    sampling: SamplingConfig = field(default_factory=lambda: SamplingConfig(temperature=0.0))
+    """How evaluation samples."""
+
+    def __post_init__(self) -> None:
+        require(self.sft.steps >= 1, "sft.steps", "at least 1", self.sft.steps)
+
+    @property
+    def supervised(self) -> SftTraining | None:
+        """The stage's own training."""
+        return self.sft
+
+
+@dataclass(frozen=True)
+class GrpoConfig(StageConfig):
+    """Stage `grpo`: the paper's Algorithm 1, after a supervised warm-up where one is asked for."""
+
+    warmup: SftTraining = field(default_factory=lambda: SftTraining(steps=0))
+    """Supervised warm-up before GRPO; steps=0 skips it."""
+    algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)
+    """Algorithm."""
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    """Sampling of rollouts."""
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    """Optimizer of GRPO."""
+    steps: int = 200
+    """Exploration stages: sample, score, update."""
+    record: Path | None = None
+    """Write the scored rollouts of exploration stage record_step to this Parquet file, for verify-step."""
+    record_step: int = 1
+    """The exploration stage, counted from 1, whose rollouts `record` holds."""
+
+    @property
+    def supervised(self) -> SftTraining | None:
+        """The warm-up, where there is one."""
+        return self.warmup if self.warmup.steps else None
+
+    def __post_init__(self) -> None:
+        require(self.steps >= 1, "steps", "at least 1", self.steps)
+        require(1 <= self.record_step <= self.steps, "record_step", f"in 1..steps = {self.steps}", self.record_step)
+        require(
+            self.sampling.temperature > 0,
+            "sampling.temperature",
+            "above 0 for GRPO: greedy responses of a group are all equal",
+            self.sampling.temperature,
+        )
+
+
+@dataclass(frozen=True)
+class EvaluateConfig(StageConfig):
+    """Stage `eval`: greedy accuracy and pass@k on held-out tasks."""
+
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    """How pass@k samples; greedy accuracy is measured as well."""
+
+
+@dataclass(frozen=True)
+class GenerateConfig(StageConfig):
+    """Stage `generate`: sample responses and print them."""
+
+    prompts: tuple[str, ...] = ()
+    """Prompts to answer; none: the first held-out tasks."""
+    num_samples: int = 1
+    """Responses per prompt."""
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    """How responses are sampled."""
+
+    def __post_init__(self) -> None:
+        require(self.num_samples >= 1, "num_samples", "at least 1", self.num_samples)
