@@ -11,23 +11,21 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from triton_kernels._common import SUMS, LossStats
+from triton_kernels._common import SUMS, LossOutput
 from triton_kernels.grpo_loss import grpo_loss
 from triton_kernels.linear_logprob import chunked_linear_logprob
 from triton_kernels.objective import Objective
 
 
 @dataclass(frozen=True)
-class LinearGrpoLoss:
+class LinearGrpoLoss(LossOutput):
     """loss: scalar, differentiable in hidden states, weight and bias; everything else is detached.
 
     logprob_T, entropy_T: of the current policy, 0 where `weight_T` is 0. stats: see `LossStats`.
     """
 
-    loss: Tensor
     logprob_T: Tensor
     entropy_T: Tensor
-    stats: LossStats
 
 
 def linear_grpo_loss(
@@ -55,9 +53,12 @@ def linear_grpo_loss(
     Rows whose weight is 0 may hold anything, NaN and token ids out of range included. `old_logprob_T=None` means
     on-policy, `ref_logprob_T=None` needs kl_coef = 0, and `objective.tis_clip` needs `rollout_logprob_T`: the advantage
     is multiplied by min(exp(old - rollout), tis_clip). `workspace_bytes` bounds what the logits of a chunk take.
-    `reduce_dx` matters only with a `tp_group`: whether the hidden states' gradient is summed over it here.
 
-    Raises `ValueError` for inputs that do not fit, and `NotImplementedError` for groups of more than one rank.
+    With a `tp_group` of several ranks `weight_VD` and `bias_V` are this rank's shard, as in `linear_logprob`, and
+    `reduce_dx` says whether the hidden states' gradient is summed over the group here. Everything else is the same on
+    all its ranks, and so is the loss, to the bit: it is not a part of a sum over them.
+
+    Raises `ValueError` for inputs that do not fit, and `NotImplementedError` for a `cp_group` of more than one rank.
     """
     if cp_group is not None and cp_group.size() > 1:
         raise NotImplementedError(
@@ -78,6 +79,7 @@ def linear_grpo_loss(
         bias_V,
         workspace_bytes,
         tp_group,
+        reduce_dx,
     )
     logprob_T = torch.where(present_T, output.logprob_T, 0)
     entropy_T = torch.where(present_T, output.entropy_T, 0)
@@ -92,4 +94,4 @@ def linear_grpo_loss(
         loss = loss - objective.entropy_coef * torch.where(present_T, weight_T * entropy_T, 0).sum()
     sums = policy.stats.sums.clone()
     sums[SUMS.index("entropy")] = entropy_T.detach().sum()
-    return LinearGrpoLoss(loss, logprob_T.detach(), entropy_T.detach(), replace(policy.stats, sums=sums))
+    return LinearGrpoLoss(loss, replace(policy.stats, sums=sums), logprob_T.detach(), entropy_T.detach())

@@ -17,6 +17,7 @@ from triton_kernels.linear_logprob import (
     linear_logprob_bwd_reference,
     linear_logprob_fwd,
     linear_logprob_fwd_reference,
+    merge,
 )
 
 V, D = 211, 24
@@ -178,7 +179,8 @@ def test_no_tensor_of_rows_times_vocabulary() -> None:
     tensors = [x.detach() for x in (hidden_TD, weight_VD)]
     workspace_bytes = T * V  # a sixteenth of the four chunks alive, fp32, that all rows would take
     with Largest() as largest:
-        logprob_T, *saved = linear_logprob_fwd_reference(*tensors, target_T, bias_V.detach(), 1.0, 2.0, workspace_bytes)
+        stats_4T = linear_logprob_fwd_reference(*tensors, target_T, bias_V.detach(), 1.0, 2.0, workspace_bytes)
+        logprob_T, *saved = merge(stats_4T[None])
         linear_logprob_bwd_reference(
             logprob_T, logprob_T, *tensors, target_T, bias_V.detach(), *saved, 1.0, 2.0, workspace_bytes, [True] * 3
         )
@@ -202,11 +204,51 @@ def test_opcheck(bias: bool, options: dict[str, Any], device: torch.device) -> N
     inputs, target_T = make(5, torch.float32, device, bias)
     hidden_TD, weight_VD, bias_V = (*inputs, None)[:3]
     settings = (*options.values(), 2**12)
-    torch.library.opcheck(linear_logprob_fwd, (hidden_TD, weight_VD, target_T, bias_V, *settings))
     tensors = [None if x is None else x.detach() for x in (hidden_TD, weight_VD, target_T, bias_V)]
-    logprob_T, *saved = linear_logprob_fwd(*tensors, *settings)
+    torch.library.opcheck(linear_logprob_fwd, (*tensors, *settings))
+    logprob_T, *saved = merge(linear_logprob_fwd(*tensors, *settings)[None])
     for needs in ([True, True, bias], [False, True, False]):
         torch.library.opcheck(linear_logprob_bwd, (logprob_T, None, *tensors, *saved, *settings, needs))
+
+
+def test_compiles_without_a_graph_break(device: torch.device) -> None:
+    inputs, target_T = make(5, torch.float32, device)
+
+    def loss(hidden_TD: Tensor, weight_VD: Tensor, bias_V: Tensor) -> Tensor:
+        output = linear_logprob(hidden_TD, weight_VD, target_T, bias_V=bias_V)
+        return (output.logprob_T * output.entropy_T).sum()
+
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(*inputs), loss(*inputs))
+    pairs = zip(*(torch.autograd.grad(f(*inputs), inputs) for f in (compiled, loss)), strict=True)
+    for x, y in pairs:
+        torch.testing.assert_close(x, y)
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+def test_pieces_of_the_vocabulary_merge_to_the_whole(options: dict[str, Any], device: torch.device) -> None:
+    # One device plays all ranks: nothing, most, one token that the bias removes, nothing, the rest.
+    cuts = [0, 0, 150, 151, 151, V]
+    inputs, target_T = make(63, torch.float32, device)
+    target_T[target_T == 150] = 0
+    with torch.no_grad():
+        inputs[2][150] = -torch.inf
+    hidden_TD, weight_VD, bias_V = (x.detach() for x in inputs)
+    settings = (*options.values(), 2**12)
+    shards = [
+        (hidden_TD, weight_VD[start:stop], target_T - start, bias_V[start:stop])
+        for start, stop in zip(cuts[:-1], cuts[1:], strict=True)
+    ]
+    logprob_T, *saved = merge(torch.stack([linear_logprob_fwd(*shard, *settings) for shard in shards]))
+    whole = linear_logprob(*inputs[:2], target_T, bias_V=inputs[2], **options)
+    torch.testing.assert_close(logprob_T, whole.logprob_T, rtol=RTOL, atol=RTOL)
+    torch.testing.assert_close(saved[0], whole.entropy_T, rtol=RTOL, atol=RTOL)
+    parts = [linear_logprob_bwd(logprob_T, logprob_T, *shard, *saved, *settings, [True] * 3) for shard in shards]
+    dhidden, dweight, dbias = zip(*parts, strict=True)
+    ours = [torch.stack(dhidden).sum(0), torch.cat(dweight), torch.cat(dbias)]
+    theirs = torch.autograd.grad((logprob_T * (whole.logprob_T + whole.entropy_T)).sum(), inputs)
+    for x, y in zip(ours, theirs, strict=True):
+        assert relative_error(x, y) < RTOL
 
 
 @pytest.mark.parametrize("options", OPTIONS)
@@ -248,9 +290,3 @@ def test_errors(change: dict[str, Any], message: str) -> None:
     arguments = {"hidden_TD": torch.zeros(2, 3), "weight_VD": torch.zeros(5, 3), "target_T": torch.tensor([0, 4])}
     with pytest.raises(ValueError, match=message):
         linear_logprob(**(arguments | change))
-
-
-def test_a_split_vocabulary_is_refused() -> None:
-    two_ranks = torch.distributed.ProcessGroup(0, 2)
-    with pytest.raises(NotImplementedError, match="tp_group has 2 ranks"):
-        linear_logprob(torch.zeros(2, 3), torch.zeros(5, 3), torch.tensor([0, 4]), tp_group=two_ranks)
