@@ -6,15 +6,15 @@ S responses, T response tokens (loss rows), P prompts (groups).
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Literal
+from itertools import pairwise
+from typing import Literal, cast
 
 import torch
 from torch import Tensor
 
 from dsm_train.config import AlgorithmConfig
 from dsm_train.megatron.parallel import Parallel
-from dsm_train.stages import GrpoConfig
-from dsm_train.types import Rollouts, Sequences
+from dsm_train.types import Rollouts, Sequences, offsets
 from dsm_train.update import Rows
 from triton_kernels import Objective, group_advantage
 
@@ -71,56 +71,39 @@ def token_weights(
     elif average == "token":
         weight_S = torch.full(length_S.shape, 1.0 / max(num_tokens, 1))
     else:
-        weight_S = torch.full(length_S.shape, 1.0 / (num_responses * fixed_length))
+        weight_S = torch.full(length_S.shape, 1.0 / (max(num_responses, 1) * fixed_length))
     return weight_S.repeat_interleave(length_S)
 
 
 def token_rows(
-    rollouts: Rollouts, algo: Algorithm, config: GrpoConfig, parallel: Parallel
+    rollouts: Rollouts, algo: Algorithm, minibatches: int, fixed_length: int, parallel: Parallel
 ) -> list[tuple[Sequences, Rows]]:
-    """What each minibatch trains on: its sequences, and advantage, weight and log-probabilities of their tokens.
+    """What each minibatch (some groups of every replica) trains on: sequences, and what the loss needs of their tokens.
 
-    Outcome supervision (section 4.1.2): the advantage of every token is its response's group-relative reward.
+    Outcome supervision (section 4.1.2): the advantage of every token is its response's group-relative reward. Weights
+    are normalised over the minibatch of all data-parallel replicas, before responses that cannot move the policy are
+    left out: those with advantage 0, when there is neither KL nor entropy bonus. Collective; a replica may have none.
     """
-    advantage_S = _advantages(rollouts.reward_S, algo.scale, config.algorithm.group_size, parallel)
-    groups = rollouts.sequences.num_prompts // config.algorithm.minibatches
-    parts = []
-    for first in range(0, rollouts.sequences.num_prompts, groups):
-        part, span_S, span_T = rollouts.sequences.groups(first, first + groups)
-        num_tokens = sum(n for n in parallel.gather_over_data(part.response_token_T.numel()) if isinstance(n, int))
-        rows = Rows(
-            token_weights(
-                part.response_cu,
-                algo.average,
-                part.num_responses * parallel.dp_size,
-                num_tokens,
-                config.sampling.max_new_tokens,
-            ),
-            advantage_S[span_S].repeat_interleave(part.response_cu.diff().long()),
-            None if rollouts.old_logprob_T is None else rollouts.old_logprob_T[span_T],
-            None if rollouts.ref_logprob_T is None else rollouts.ref_logprob_T[span_T],
-        )
-        parts.append(without_idle(part, rows, advantage_S[span_S], algo.objective))
-    return parts
+    sequences, cu = rollouts.sequences, rollouts.sequences.response_cu
+    groups = [sequences.num_prompts * i // minibatches for i in range(minibatches + 1)]
+    cuts = list(pairwise(sequences.group_cu[groups].tolist()))
+    mine = torch.tensor([(last - first, int(cu[last] - cu[first])) for first, last in cuts])
+    counts = torch.stack([cast(Tensor, count) for count in parallel.gather_over_data(mine)]).sum(0).tolist()
+    weights = [
+        token_weights(cu[first : last + 1], algo.average, num_responses, num_tokens, fixed_length)
+        for (first, last), (num_responses, num_tokens) in zip(cuts, counts, strict=True)
+    ]
+    advantage_S = _advantages(rollouts.reward_S, sequences.group_cu, algo.scale, parallel)
+    advantage_T = advantage_S.repeat_interleave(cu.diff().long())
+    rows = Rows(torch.cat(weights), advantage_T, rollouts.old_logprob_T, rollouts.ref_logprob_T)
+    moves_S = (advantage_S != 0) | (algo.objective.kl_coef > 0) | (algo.objective.entropy_coef != 0)
+    kept = [first + moves_S[first:last].nonzero().squeeze(1) for first, last in cuts]
+    return [(sequences.take(index_S), rows.take(sequences.rows_of(index_S))) for index_S in kept]
 
 
-def without_idle(part: Sequences, rows: Rows, advantage_S: Tensor, objective: Objective) -> tuple[Sequences, Rows]:
-    """Leave out responses that cannot move the policy, for nothing is computed of them: no advantage, and no KL.
-
-    The weights were normalised with them, so the gradient is the same. One stays when all are idle: the collectives of
-    an optimizer step need every rank.
-    """
-    keep_S = advantage_S != 0
-    if objective.kl_coef > 0 or objective.entropy_coef != 0 or bool(keep_S.all()):
-        return part, rows
-    if not keep_S.any():
-        keep_S[0] = True
-    kept, keep_T = part.select(keep_S)
-    return kept, rows.take(keep_T, torch.device("cpu"))
-
-
-def _advantages(reward_S: Tensor, scale: Scale, group_size: int, parallel: Parallel) -> Tensor:
+def _advantages(reward_S: Tensor, group_cu: Tensor, scale: Scale, parallel: Parallel) -> Tensor:
     """Group-relative advantages of this replica's responses; the scale "batch" needs everyone's rewards."""
-    replicas = [value for value in parallel.gather_over_data(reward_S) if isinstance(value, Tensor)]
-    group_cu = torch.arange(0, sum(r.numel() for r in replicas) + 1, group_size, dtype=torch.int32)
-    return group_advantage(torch.cat(replicas), group_cu, scale).split([r.numel() for r in replicas])[parallel.dp_rank]
+    replicas = [cast(tuple[Tensor, Tensor], value) for value in parallel.gather_over_data((reward_S, group_cu.diff()))]
+    rewards = [reward for reward, _ in replicas]
+    all_cu = offsets(torch.cat([size_P for _, size_P in replicas]).tolist())
+    return group_advantage(torch.cat(rewards), all_cu, scale).split([len(r) for r in rewards])[parallel.dp_rank]

@@ -217,5 +217,6 @@ class Stopwatch:
         self.laps[name], self._last = now - self._last, now
 
     def rate(self, tokens: int) -> dict[str, float]:
-        """The laps, and tokens per second over all of them."""
-        return self.laps | {"tokens_per_second": tokens / sum(self.laps.values())}
+        """The laps, their sum, and tokens per second over it."""
+        seconds = sum(self.laps.values())
+        return self.laps | {"step_seconds": seconds, "tokens_per_second": tokens / seconds}

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
 import torch
+from torch import Tensor
 
 from dsm_train.cli import to_yaml, user_errors
 from dsm_train.config import OptimConfig, ParallelConfig, SamplingConfig
@@ -20,9 +21,11 @@ from dsm_train.megatron.model import HiddenGPTModel, build_model, padded_vocab, 
 from dsm_train.megatron.parallel import Parallel
 from dsm_train.megatron.step import Model, TrainableModel, adam_implementation
 from dsm_train.metrics import Metrics, Progress, Samples, prepare_output
+from dsm_train.packing import MicroBatch, estimated_cost, pack
 from dsm_train.report import startup_table
 from dsm_train.rollout.embedded import EmbeddedEngine
 from dsm_train.stages import StageConfig
+from dsm_train.types import Sequences
 from triton_kernels import implementations
 
 
@@ -40,14 +43,7 @@ class Run:
 
     def chunks(self) -> list[HiddenGPTModel]:
         """This rank's part of the model, with the run's initial weights."""
-        config = self.config
-        vocab = padded_vocab(self.tokenizer.vocab_size, config.model.vocab_multiple, config.parallel.tp)
-        chunks = build_model(config.model, vocab, self.parallel)
-        if config.run.init is not None:
-            weights.load_weights(config.run.init, chunks, self.parallel)
-        else:
-            weights.initialise(chunks, config.model, config.run.seed, self.parallel)
-        return chunks
+        return initial_chunks(self.config, self.tokenizer.vocab_size, self.parallel)
 
     def model(self) -> Model:
         """A model that is not trained."""
@@ -85,6 +81,16 @@ class Run:
         total = self.parallel.all_reduce(torch.tensor(list(values.values()), dtype=torch.float64))
         return dict(zip(values, (total / self.parallel.world_size).tolist(), strict=True))
 
+    def cost(self, sequences: Sequences) -> Tensor:
+        """Estimated cost of a training step on each sequence [S]."""
+        return estimated_cost(sequences, self.config.model, self.tokenizer.vocab_size)
+
+    def pack(self, sequences: Sequences) -> list[MicroBatch]:
+        """Micro-batches of this replica, of even cost, in a number that the pipeline's schedule takes."""
+        layout, max_tokens = self.config.parallel, self.config.run.max_tokens
+        rounds = layout.pp if layout.vpp > 1 else 1  # the interleaved schedule works in rounds of as many as stages
+        return pack(sequences, max_tokens, self.device, cost_S=self.cost(sequences), multiple=rounds)
+
     def engine(self, model: Model) -> EmbeddedEngine:
         """The embedded generator on the model's live weights."""
         return EmbeddedEngine(model, [self.tokenizer.eos_id], self.config.run.seed)
@@ -114,9 +120,49 @@ class Run:
     def save(self, model: Model) -> None:
         """Write the weights and the tokenizer to the output folder, from which `run.init` starts another stage."""
         folder = self.config.run.out / "weights"
-        weights.save_weights(folder, model.chunks, self.config.model, self.parallel)
-        if self.parallel.is_main:
-            self.tokenizer.save(folder)
+        self.parallel.watchdog.enter("saving of weights")
+        with self.parallel.watchdog.paused():
+            weights.save_weights(folder, model.chunks, self.config.model, self.parallel)
+            if self.parallel.is_main:
+                self.tokenizer.save(folder)
+
+
+def initial_chunks(config: StageConfig, vocab_size: int, layout: Parallel) -> list[HiddenGPTModel]:
+    """A rank's part of the model, with the weights that the stage starts from."""
+    chunks = build_model(config.model, padded_vocab(vocab_size, config.model.vocab_multiple, layout.config.tp), layout)
+    if config.run.init is not None:
+        weights.load_weights(config.run.init, chunks, layout)
+    else:
+        weights.initialise(chunks, config.model, config.run.seed, layout)
+    return chunks
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What a stage was asked for, found to be in order; no process group exists yet."""
+
+    config: StageConfig
+    """The configuration, with the model's shape as the initial weights have it."""
+    tasks: Tasks
+    tokenizer: Tokenizer
+
+
+def prepare(config: StageConfig, sampling: SamplingConfig) -> Prepared:
+    """Read what the stage works on and raise `ValueError` for what cannot work, before anything is started."""
+    if config.run.init is not None:
+        config = replace(config, model=weights.saved_model(config.run.init, config.model))
+    tasks = load_tasks(config.data)
+    tokenizer = make_tokenizer(config.data, config.run.init, tasks.train)
+    vocab = padded_vocab(tokenizer.vocab_size, config.model.vocab_multiple, config.parallel.tp)
+    parallel.check_layout(config.parallel, config.model, vocab)
+    if config.supervised is not None:
+        check_batch(config.parallel, "the batch of supervised training", config.supervised.batch)
+    check_lengths(config, sampling, (*tasks.train, *tasks.heldout), tokenizer)
+    check_solutions(config, tasks, tokenizer)
+    if config.run.init is not None:
+        weights.check_vocabulary(config.run.init, tokenizer.vocab_size)
+    uses_transformer_engine(config.model)
+    return Prepared(config, tasks, tokenizer)
 
 
 @contextmanager
@@ -126,20 +172,8 @@ def start(config: StageConfig, sampling: SamplingConfig, prog: str, *, trains: b
     A stage that does not train keeps no records, and leaves those of the stage that did as they are.
     """
     with user_errors(prog):
-        if config.run.init is not None:
-            config = replace(config, model=weights.saved_model(config.run.init, config.model))
-        tasks = load_tasks(config.data)
-        tokenizer = make_tokenizer(config.data, config.run.init, tasks.train)
-        vocab = padded_vocab(tokenizer.vocab_size, config.model.vocab_multiple, config.parallel.tp)
-        parallel.check_layout(config.parallel, config.model, vocab)
-        check_whole(config.parallel)
-        if config.supervised is not None:
-            check_batch(config.parallel, "the batch of supervised training", config.supervised.batch)
-        check_lengths(config, sampling, (*tasks.train, *tasks.heldout), tokenizer)
-        check_solutions(config, tasks, tokenizer)
-        if config.run.init is not None:
-            weights.check_vocabulary(config.run.init, tokenizer.vocab_size)
-        uses_transformer_engine(config.model)
+        prepared = prepare(config, sampling)
+        config = prepared.config
         prepare_output(config.run.out)
         threads = parallel.set_threads(config.run.threads)
         layout = parallel.start(config.parallel, config.run.seed)
@@ -149,14 +183,15 @@ def start(config: StageConfig, sampling: SamplingConfig, prog: str, *, trains: b
             if (out / name).exists():
                 (out / name).replace(out / f"{name}.old")
         (out / "config.yaml").write_text(to_yaml(config))
-    run = Run(config, tasks, tokenizer, layout, Metrics(out), Samples(out))
+    run = Run(config, prepared.tasks, prepared.tokenizer, layout, Metrics(out), Samples(out))
     run.say(startup_table(served_by(config, layout, threads)))
     try:
-        yield run
+        with layout.watchdog.failures():
+            yield run
     finally:
         run.metrics.close()
         run.samples.close()
-        parallel.stop()
+        parallel.stop(layout)
 
 
 def check_batch(layout: ParallelConfig, name: str, size: int, minibatches: int = 1) -> None:
@@ -166,15 +201,6 @@ def check_batch(layout: ParallelConfig, name: str, size: int, minibatches: int =
         raise ValueError(
             f"{name} must be a multiple of data-parallel replicas x minibatches = {replicas} x {minibatches} "
             f"= {replicas * minibatches}; got {size}"
-        )
-
-
-def check_whole(layout: ParallelConfig) -> None:
-    """Raise `ValueError` for a model that is split over ranks: rollouts, losses and files of one are still to come."""
-    if layout.tp * layout.pp > 1:
-        raise ValueError(
-            f"parallel.tp = {layout.tp}, parallel.pp = {layout.pp}: training a split model is not built yet; "
-            "use parallel.tp=1 parallel.pp=1, where more ranks are data-parallel replicas"
         )
 
 

@@ -13,7 +13,7 @@ from dsm_train.data.source import draw, solved
 from dsm_train.eval.evaluate import Evaluator
 from dsm_train.grpo import token_weights
 from dsm_train.megatron.step import Loss, TrainableModel
-from dsm_train.packing import MicroBatch, pack
+from dsm_train.packing import MicroBatch
 from dsm_train.report import learning_curve
 from dsm_train.run import Run, start
 from dsm_train.stages import SftConfig
@@ -38,6 +38,7 @@ def supervise(run: Run, model: TrainableModel, config: SftTraining, evaluator: E
     accuracy = evaluator.greedy_accuracy(run.eval_tasks())
     with run.progress("sft", config.steps) as progress:
         for step in range(config.steps):
+            run.parallel.watchdog.enter(f"supervised step {step + 1}")
             batch = draw(tasks, config.batch, step, seed)
             result = optimizer_step(model, *_micro_batches(run, batch, config))
             values = {"loss": result.loss, "grad_norm": result.grad_norm, "lr": result.lr}
@@ -61,7 +62,7 @@ def _micro_batches(run: Run, batch: Sequence[Task], config: SftTraining) -> tupl
     mine = examples[run.parallel.dp_rank :: run.parallel.dp_size]
     sequences = Sequences.from_lists([p for p, _ in mine], [s for _, s in mine])
     weight_T = token_weights(sequences.response_cu, "token", len(batch), num_tokens, fixed_length=1)
-    return pack(sequences, run.config.run.max_tokens, run.device), supervised_loss(weight_T)
+    return run.pack(sequences), supervised_loss(weight_T)
 
 
 def _example(task: Task, tokenizer: Tokenizer, prompt_loss: bool) -> tuple[list[int], list[int]]:

@@ -6,7 +6,9 @@ int32 offsets, first 0, last the total.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,6 +17,19 @@ from torch import Tensor
 def offsets(lengths: list[int]) -> Tensor:
     """Lengths to int32 offsets [n + 1]."""
     return torch.tensor([0, *lengths], dtype=torch.int64).cumsum(0).to(torch.int32)
+
+
+def spans(start: Tensor, length: Tensor) -> Tensor:
+    """Indices of spans after each other: start[i], ..., start[i] + length[i] - 1 for every i; int64."""
+    start, length = start.long(), length.long()
+    before = length.cumsum(0) - length
+    return torch.arange(int(length.sum())) + (start - before).repeat_interleave(length)
+
+
+def _joined(offsets: Sequence[Tensor]) -> Tensor:
+    """Offsets of parts to those of all of them after each other."""
+    lengths = torch.cat([cu.diff() for cu in offsets])
+    return torch.cat([lengths.new_zeros(1), lengths.cumsum(0)]).to(torch.int32)
 
 
 @dataclass(frozen=True)
@@ -62,30 +77,37 @@ class Sequences:
         """Groups first..last - 1 as sequences of their own, and their responses and tokens as slices of all."""
         span_S = slice(int(self.group_cu[first]), int(self.group_cu[last]))
         span_T = slice(int(self.response_cu[span_S.start]), int(self.response_cu[span_S.stop]))
-        prompts = slice(int(self.prompt_cu[first]), int(self.prompt_cu[last]))
-        part = Sequences(
-            self.prompt_token[prompts],
-            self.prompt_cu[first : last + 1] - prompts.start,
-            self.response_token_T[span_T],
-            self.response_cu[span_S.start : span_S.stop + 1] - span_T.start,
-            self.group_cu[first : last + 1] - span_S.start,
-        )
-        return part, span_S, span_T
+        return self.take(torch.arange(span_S.start, span_S.stop)), span_S, span_T
 
-    def select(self, keep_S: Tensor) -> tuple[Sequences, Tensor]:
-        """The sequences of some responses (mask [S]), and the mask [T] of their tokens; all prompts stay."""
-        length_S = self.response_cu.diff().long()
-        keep_T = keep_S.repeat_interleave(length_S)
-        group_P = torch.zeros(self.num_prompts, dtype=torch.int64)
-        group_P.index_add_(0, self.prompt_of_response_S, keep_S.long())
-        part = Sequences(
-            self.prompt_token,
-            self.prompt_cu,
-            self.response_token_T[keep_T],
-            offsets(length_S[keep_S].tolist()),
-            offsets(group_P.tolist()),
+    def take(self, index_S: Tensor) -> Sequences:
+        """The responses of these numbers, in this order; consecutive ones of a prompt are a group that shares it.
+
+        Prompts without a response are left out. Their tokens' rows: `rows_of`.
+        """
+        group_P, size_P = torch.unique_consecutive(self.prompt_of_response_S[index_S], return_counts=True)
+        length_P = self.prompt_cu.diff()[group_P]
+        return Sequences(
+            self.prompt_token[spans(self.prompt_cu[group_P], length_P)],
+            offsets(length_P.tolist()),
+            self.response_token_T[self.rows_of(index_S)],
+            offsets(self.response_cu.diff()[index_S].tolist()),
+            offsets(size_P.tolist()),
         )
-        return part, keep_T
+
+    def rows_of(self, index_S: Tensor) -> Tensor:
+        """Where the tokens of these responses are among the T, in this order."""
+        return spans(self.response_cu[index_S], self.response_cu.diff()[index_S])
+
+    @staticmethod
+    def concatenate(parts: Sequence[Sequences]) -> Sequences:
+        """Sequences after each other, each part with prompts of its own."""
+        return Sequences(
+            torch.cat([part.prompt_token for part in parts]),
+            _joined([part.prompt_cu for part in parts]),
+            torch.cat([part.response_token_T for part in parts]),
+            _joined([part.response_cu for part in parts]),
+            _joined([part.group_cu for part in parts]),
+        )
 
     def prompt(self, p: int) -> Tensor:
         """Tokens of prompt p."""
@@ -115,6 +137,8 @@ class Rollouts:
     """Task number of each prompt."""
     rollout_logprob_T: Tensor
     """Log-probability of each token when it was sampled: full vocabulary, at the sampling temperature."""
+    margin_T: Tensor
+    """How far each choice was from another token, fp32: the decision margin of rollout/sampling.py."""
     finished_S: Tensor
     """True where a stop token ended the response, False where the length limit did."""
     weight_version: int
@@ -127,22 +151,17 @@ class Rollouts:
     """The trainer's log-probabilities before the update; None when the update is on-policy."""
 
     @staticmethod
-    def concatenate(parts: list[Rollouts]) -> Rollouts:
-        """Freshly sampled rollouts of other prompts after each other, as one."""
-        sequences = [part.sequences for part in parts]
-        joined = Sequences(
-            torch.cat([s.prompt_token for s in sequences]),
-            offsets([n for s in sequences for n in s.prompt_cu.diff().tolist()]),
-            torch.cat([s.response_token_T for s in sequences]),
-            offsets([n for s in sequences for n in s.response_cu.diff().tolist()]),
-            offsets([n for s in sequences for n in s.group_cu.diff().tolist()]),
-        )
+    def concatenate(parts: Sequence[Rollouts]) -> Rollouts:
+        """Rollouts of the same weights after each other; log-probabilities that a part lacks are absent."""
+
+        def joined(name: str) -> Any:
+            values = [getattr(part, name) for part in parts]
+            return None if any(value is None for value in values) else torch.cat(values)
+
+        sequences = Sequences.concatenate([part.sequences for part in parts])
+        tensors = [f.name for f in fields(Rollouts) if f.name not in ("sequences", "weight_version")]
         return Rollouts(
-            joined,
-            torch.cat([part.prompt_id_P for part in parts]),
-            torch.cat([part.rollout_logprob_T for part in parts]),
-            torch.cat([part.finished_S for part in parts]),
-            parts[0].weight_version,
+            sequences=sequences, weight_version=parts[0].weight_version, **{name: joined(name) for name in tensors}
         )
 
     def with_(self, **changes: Tensor) -> Rollouts:

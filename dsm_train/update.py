@@ -5,7 +5,8 @@ S responses, T loss rows (response tokens).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor
 from dsm_train.megatron.parallel import Parallel
 from dsm_train.megatron.step import Head, Loss, TrainableModel
 from dsm_train.packing import MicroBatch
-from triton_kernels import LossOutput, LossStats, Objective, linear_grpo_loss, linear_logprob
+from triton_kernels import LinearGrpoLoss, LossOutput, LossStats, Objective, linear_grpo_loss, linear_logprob
 
 
 @dataclass(frozen=True)
@@ -31,12 +32,18 @@ class Rows:
     ref_logprob_T: Tensor | None = None
     """Log-probability under the reference model; None when kl_coef is 0."""
 
-    def take(self, row_T: Tensor, device: torch.device) -> Rows:
-        """These rows, on `device`."""
-        return replace(
-            self,
-            **{f.name: value[row_T].to(device) for f in fields(self) if (value := getattr(self, f.name)) is not None},
-        )
+    def take(self, row_T: Tensor, device: torch.device | None = None) -> Rows:
+        """The rows of these numbers, in this order; on `device`, where one is given."""
+        return replace(self, **{name: value[row_T].to(device or "cpu") for name, value in self.present().items()})
+
+    def present(self) -> dict[str, Tensor]:
+        """What there is, by name."""
+        return {f.name: value for f in fields(self) if (value := getattr(self, f.name)) is not None}
+
+    @staticmethod
+    def concatenate(parts: Sequence[Rows]) -> Rows:
+        """Rows after each other; all parts have the same log-probabilities."""
+        return Rows(**{name: torch.cat([part.present()[name] for part in parts]) for name in parts[0].present()})
 
 
 @dataclass(frozen=True)
@@ -49,12 +56,12 @@ class StepResult:
     stats: LossStats
 
 
-def policy_loss(rows: Rows, objective: Objective, temperature: float) -> Loss:
+def policy_loss(rows: Rows, objective: Objective, temperature: float) -> Callable[[Head, MicroBatch], LinearGrpoLoss]:
     """The GRPO family's objective on the rows of a micro-batch."""
 
-    def loss(head: Head, batch: MicroBatch) -> LossOutput:
+    def loss(head: Head, batch: MicroBatch) -> LinearGrpoLoss:
         r = rows.take(batch.row_T, head.hidden_TD.device)
-        out = linear_grpo_loss(
+        return linear_grpo_loss(
             head.hidden_TD,
             head.weight_VD,
             batch.target_T,
@@ -65,8 +72,9 @@ def policy_loss(rows: Rows, objective: Objective, temperature: float) -> Loss:
             batch.response_cu,
             objective,
             temperature=temperature,
+            tp_group=head.tp_group,
+            reduce_dx=head.reduce_dx,
         )
-        return LossOutput(out.loss, out.stats)
 
     return loss
 
@@ -76,7 +84,9 @@ def supervised_loss(weight_T: Tensor) -> Loss:
 
     def loss(head: Head, batch: MicroBatch) -> LossOutput:
         weight = weight_T[batch.row_T].to(head.hidden_TD.device)
-        logprob_T = linear_logprob(head.hidden_TD, head.weight_VD, batch.target_T).logprob_T
+        logprob_T = linear_logprob(
+            head.hidden_TD, head.weight_VD, batch.target_T, tp_group=head.tp_group, reduce_dx=head.reduce_dx
+        ).logprob_T
         tokens = logprob_T.new_tensor(logprob_T.numel())
         return LossOutput(-(weight * logprob_T).sum(), LossStats.of(tokens=tokens, weight=weight.sum()))
 
@@ -88,15 +98,19 @@ def optimizer_step(model: TrainableModel, micro_batches: Sequence[MicroBatch], l
     lr = model.learning_rate
     outputs = model.forward_backward(micro_batches, loss)
     grad_norm = model.optimizer_step()
-    total, stats = _whole_step(outputs, model.parallel)
+    total, stats = whole_step(outputs, model.parallel)
     return StepResult(total, grad_norm, lr, stats)
 
 
 def step_metrics(results: Sequence[StepResult]) -> dict[str, float]:
-    """The numbers of one exploration stage's optimizer steps: means over them, extremes of the ratio."""
+    """The numbers of one exploration stage's optimizer steps: means over them, extremes of the ratio.
+
+    NaN for what was not measured, as no response had anything to teach.
+    """
     count = len(results)
+    measured = [r.stats for r in results if float(r.stats.sums[0])]
     means = {
-        name: sum(float(r.stats.mean(name)) for r in results) / count
+        name: sum(float(stats.mean(name)) for stats in measured) / len(measured) if measured else math.nan
         for name in ("kl", "entropy", "ratio", "log_ratio", "clipped_low", "clipped_high")
     }
     return {
@@ -109,7 +123,7 @@ def step_metrics(results: Sequence[StepResult]) -> dict[str, float]:
     }
 
 
-def _whole_step(outputs: Sequence[LossOutput], parallel: Parallel) -> tuple[float, LossStats]:
+def whole_step(outputs: Sequence[LossOutput], parallel: Parallel) -> tuple[float, LossStats]:
     """Loss and statistics of all micro-batches of all ranks; only the last stage has any of its own."""
     nothing = LossOutput(torch.zeros(()), LossStats.of(tokens=torch.zeros(())))
     parts = [nothing, *outputs] if parallel.counts_losses else [nothing]

@@ -39,5 +39,6 @@ def layout() -> Iterator[Parallel]:
     from dsm_train.config import ParallelConfig
     from dsm_train.megatron import parallel
 
-    yield parallel.start(ParallelConfig(), seed=0)
-    parallel.stop()
+    layout = parallel.start(ParallelConfig(), seed=0)
+    yield layout
+    parallel.stop(layout)

@@ -31,7 +31,9 @@ class Scripted:
         responses = [[*self.tokenizer.encode(text), self.tokenizer.eos_id] for text in texts]
         sequences = Sequences.from_lists([p.token for p in prompts], responses, num_samples)
         T, S = sequences.response_token_T.numel(), sequences.num_responses
-        return Rollouts(sequences, torch.tensor([p.id for p in prompts]), torch.zeros(T), torch.ones(S).bool(), 0)
+        return Rollouts(
+            sequences, torch.tensor([p.id for p in prompts]), torch.zeros(T), torch.ones(T), torch.ones(S).bool(), 0
+        )
 
 
 @pytest.fixture(scope="module")

@@ -16,8 +16,9 @@ from dsm_train.megatron.step import TrainableModel
 
 @pytest.fixture(scope="module")
 def sharded() -> Iterator[Parallel]:
-    yield parallel.start(ParallelConfig(distributed_optimizer=True), seed=0)
-    parallel.stop()
+    layout = parallel.start(ParallelConfig(distributed_optimizer=True), seed=0)
+    yield layout
+    parallel.stop(layout)
 
 
 def adam_steps(policy: TrainableModel) -> list[float]:

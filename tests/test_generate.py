@@ -11,7 +11,7 @@ import pytest
 import tiny
 import torch
 
-from dsm_train.config import ModelConfig, ParallelConfig, SamplingConfig
+from dsm_train.config import ModelConfig, SamplingConfig
 from dsm_train.megatron import platform
 from dsm_train.megatron.layers import PackedAttend
 from dsm_train.megatron.model import forward_hidden
@@ -199,10 +199,3 @@ def test_no_prompts_give_no_responses(policy: Model) -> None:
 def test_a_prompt_without_tokens_raises(policy: Model) -> None:
     with pytest.raises(ValueError, match="prompt 3 has no token"):
         EmbeddedEngine(policy, STOP, seed=0).generate([PROMPTS[0], Prompt(3, [])], 1, SAMPLING, step=0)
-
-
-@pytest.mark.parametrize("split", [ParallelConfig(tp=2), ParallelConfig(pp=2)], ids=["tp", "pp"])
-def test_a_split_model_is_refused(split: ParallelConfig, policy: Model, layout: Parallel) -> None:
-    elsewhere = Model(policy.config, tiny.VOCAB, policy.chunks, replace(layout, config=split))
-    with pytest.raises(ValueError, match="parallel.tp=1 parallel.pp=1"):
-        EmbeddedEngine(elsewhere, STOP, seed=0)

@@ -74,7 +74,8 @@ def test_a_process_can_start_twice() -> None:
         assert layout.is_main and layout.is_first_stage and layout.is_last_stage and layout.counts_losses
         assert layout.gather_over_data("x") == ["x"]
         assert layout.all_reduce(torch.ones(2)).tolist() == [1.0, 1.0]
-        parallel.stop()
+        assert layout.exchange_over_data(["x"]) == ["x"] and layout.from_main("x") == "x" and layout.decides
+        parallel.stop(layout)
     assert not torch.distributed.is_initialized()
 
 
@@ -84,8 +85,7 @@ def test_starting_alone_leaves_no_trace_for_child_processes(monkeypatch: pytest.
     import os
 
     before = dict(os.environ)
-    parallel.start(ParallelConfig(), seed=0)
-    parallel.stop()
+    parallel.stop(parallel.start(ParallelConfig(), seed=0))
     assert dict(os.environ) == before
 
 

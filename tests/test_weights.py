@@ -11,7 +11,7 @@ import tiny
 import torch
 from torch import Tensor
 
-from dsm_train.config import ModelConfig, ParallelConfig
+from dsm_train.config import ModelConfig
 from dsm_train.megatron import weights
 from dsm_train.megatron.model import build_model
 from dsm_train.megatron.parallel import Parallel
@@ -131,11 +131,15 @@ def test_weights_of_another_model_raise(layout: Parallel, tmp_path: Path) -> Non
         weights.load_weights(tmp_path, build_model(replace(tiny.MODEL, num_layers=3), 64, layout), layout)
 
 
-def test_saving_a_split_model_raises(layout: Parallel, tmp_path: Path) -> None:
-    split = replace(layout, config=ParallelConfig(tp=2))
-    with pytest.raises(ValueError, match="parallel.tp=1"):
-        weights.save_weights(tmp_path / "w", [], tiny.MODEL, split)
-    assert not (tmp_path / "w").exists()
+def test_what_is_gathered_does_not_change_with_the_weights(layout: Parallel) -> None:
+    built = tiny.chunks(layout)
+    gathered = weights.gather_full(built, layout)
+    expected = tiny.full_weights(built)
+    with torch.no_grad():
+        for parameter in built[0].parameters():
+            parameter.add_(1)
+    assert gathered.keys() == expected.keys()
+    assert all(torch.equal(gathered[name], value) for name, value in expected.items())
 
 
 def test_the_description_is_plain_json(layout: Parallel, tmp_path: Path) -> None:

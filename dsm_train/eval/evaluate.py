@@ -39,6 +39,7 @@ class Evaluator:
 
     def _correct(self, tasks: Sequence[Task], num_samples: int, sampling: SamplingConfig) -> list[int]:
         """Number of right responses to each of this replica's tasks."""
+        self.parallel.watchdog.enter("evaluation")
         mine = tasks[self.parallel.dp_rank :: self.parallel.dp_size]
         prompts = [Prompt(task.id, self.tokenizer.encode(task.prompt)) for task in mine]
         # No training step has this number, so evaluation never shares its random numbers with training.

@@ -40,6 +40,8 @@ class Tokens(PackedSeqParams):
 
     qkv_format: str = "thd"
     # The base class gives its fields defaults, so these need them too; they are always given.
+    num_tokens: int = field(kw_only=True)
+    """N, without the padding that sequence parallelism may have added behind."""
     attend: Attend = field(kw_only=True)
     cos_NK: Tensor = field(kw_only=True)
     sin_NK: Tensor = field(kw_only=True)
@@ -84,9 +86,11 @@ class CoreAttention(torch.nn.Module):
         packed_seq_params: Tokens,
         **kwargs: Any,
     ) -> Tensor:
-        tokens = packed_seq_params
+        tokens, padding = packed_seq_params, len(query) - packed_seq_params.num_tokens
+        query, key, value = (x[: tokens.num_tokens] for x in (query, key, value))
         query, key = (rotate(x, tokens.cos_NK, tokens.sin_NK) for x in (query, key))
-        return tokens.attend(self.layer, query, key, value, self.scale).flatten(1).unsqueeze(1)
+        out = tokens.attend(self.layer, query, key, value, self.scale).flatten(1)
+        return torch.nn.functional.pad(out, (0, 0, 0, padding)).unsqueeze(1) if padding else out.unsqueeze(1)
 
 
 class RMSNorm(torch.nn.Module):

@@ -16,13 +16,15 @@ from megatron.core.tensor_parallel.layers import (
     VocabParallelEmbedding,
     set_tensor_model_parallel_attributes,
 )
+from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.utils import get_model_config
 from torch import Tensor
 
 from dsm_train.config import ModelConfig, ParallelConfig
 from dsm_train.megatron import platform
 from dsm_train.megatron.layers import Attend, Tokens, block_spec, rotary_tables, transformer_engine_available
-from dsm_train.megatron.parallel import Parallel
+from dsm_train.megatron.parallel import Parallel, stage_layers
 
 
 class HiddenGPTModel(GPTModel):
@@ -80,6 +82,7 @@ def transformer_config(model: ModelConfig, parallel: ParallelConfig) -> Transfor
         tensor_model_parallel_size=parallel.tp,
         pipeline_model_parallel_size=parallel.pp,
         virtual_pipeline_model_parallel_size=parallel.vpp if interleaved else None,
+        pipeline_model_parallel_layout=_stages(model.num_layers, parallel) if pipelined else None,
         sequence_parallel=parallel.sp,
         # Packed micro-batches differ in length, which the pipeline must be told; upstream then insists on this
         # dispatcher even for dense models.
@@ -103,6 +106,12 @@ def transformer_config(model: ModelConfig, parallel: ParallelConfig) -> Transfor
         apply_rope_fusion=False,
         masked_softmax_fusion=False,
     )
+
+
+def _stages(num_layers: int, parallel: ParallelConfig) -> list[list[str]]:
+    """What each stage holds, in the order in which a token passes them."""
+    stages = [["decoder"] * layers for layers in stage_layers(num_layers, parallel.pp * parallel.vpp)]
+    return [["embedding", *stages[0]], *stages[1:-1], [*stages[-1], "loss"]]
 
 
 def build_model(model: ModelConfig, vocab_size: int, parallel: Parallel) -> list[HiddenGPTModel]:
@@ -144,9 +153,34 @@ def _mark_shards(chunk: HiddenGPTModel) -> None:
 def forward_hidden(
     chunk: torch.nn.Module, model: ModelConfig, token_N: Tensor, position_N: Tensor, attend: Attend
 ) -> Tensor:
-    """One chunk's forward over packed tokens: its output [N, 1, D] (hidden states on the last stage)."""
+    """One chunk's forward over packed tokens: its output [N, 1, D] (hidden states on the last stage).
+
+    Under sequence parallelism this rank's part of it: see `local_length`.
+    """
     cos, sin = rotary_tables(position_N, model.kv_channels, model.rope_base)
-    tokens = Tokens(attend=attend, cos_NK=cos, sin_NK=sin)
+    tokens = Tokens(num_tokens=len(token_N), attend=attend, cos_NK=cos, sin_NK=sin)
+    config = get_model_config(chunk)
+    padding = local_length(len(token_N), config) * _sequence_ranks(config) - len(token_N)
+    token_1N, position_1N = (F.pad(x_N, (0, padding))[None] for x_N in (token_N, position_N))
     # A bf16 model's wrapper would cast its output to fp32: our loss ops take the operands as they are.
     precision = {"fp32_output": False} if model.dtype == "bf16" and not isinstance(chunk, HiddenGPTModel) else {}
-    return chunk(token_N[None], position_N[None], None, packed_seq_params=tokens, **precision)
+    return chunk(token_1N, position_1N, None, packed_seq_params=tokens, **precision)
+
+
+def local_length(num_tokens: int, config: TransformerConfig) -> int:
+    """Rows of a chunk's input and output on this rank: all tokens, or its share of them, padded to equal shares."""
+    return -(-num_tokens // _sequence_ranks(config))
+
+
+def _sequence_ranks(config: TransformerConfig) -> int:
+    return config.tensor_model_parallel_size if config.sequence_parallel else 1
+
+
+def whole_sequence(output_N1D: Tensor, config: TransformerConfig) -> Tensor:
+    """[N, D] of a chunk's output, gathered from the ranks that share it.
+
+    Its gradient must be this rank's part of the sum over them: the backward pass sums and splits at once.
+    """
+    if config.sequence_parallel:
+        output_N1D = gather_from_sequence_parallel_region(output_N1D, tensor_parallel_output_grad=True)
+    return output_N1D.squeeze(1)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import os
+import pickle
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -13,6 +16,9 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 
 from dsm_train.config import ModelConfig, ParallelConfig
+from dsm_train.watchdog import Watchdog
+
+_STARTS = itertools.count()
 
 
 @dataclass(frozen=True)
@@ -23,6 +29,7 @@ class Parallel:
     config: ParallelConfig
     rank: int
     world_size: int
+    watchdog: Watchdog
 
     @property
     def dp_rank(self) -> int:
@@ -68,6 +75,54 @@ class Parallel:
         dist.all_gather_object(values, value, group=self.groups.dp)
         return values
 
+    def exchange_over_data(self, parts: Sequence[object]) -> list[object]:
+        """Give `parts[r]` to data-parallel replica r; returns what each replica gave this one, in rank order."""
+        if self.dp_size == 1:
+            return list(parts)
+        sent = [torch.frombuffer(bytearray(pickle.dumps(part)), dtype=torch.uint8) for part in parts]
+        sent_sizes = [len(part) for part in sent]
+        sizes = torch.empty(self.dp_size, dtype=torch.int64)
+        dist.all_to_all_single(sizes, torch.tensor(sent_sizes), group=self.groups.dp)
+        received = torch.empty(int(sizes.sum()), dtype=torch.uint8)
+        dist.all_to_all_single(received, torch.cat(sent), sizes.tolist(), sent_sizes, group=self.groups.dp)
+        return [pickle.loads(part.numpy().tobytes()) for part in received.split(sizes.tolist())]
+
+    def from_main(self, value: object) -> object:
+        """`value` of the main rank, on every rank."""
+        values = [value]
+        if self.world_size > 1:
+            dist.broadcast_object_list(values, src=0)
+        return values[0]
+
+    def from_last_stage(self, values: Tensor) -> Tensor:
+        """`values` of the last pipeline stage, on every stage; in place."""
+        if self.groups.pp.size() > 1:
+            dist.broadcast(values, group=self.groups.pp, group_src=self.groups.pp.size() - 1)
+        return values
+
+    def from_decider(self, values: Tensor) -> Tensor:
+        """`values` of the rank that samples (see `decides`), on every rank of its replica; in place.
+
+        Ranks that hold the same replica must agree on every token, and arithmetic done twice need not agree.
+        """
+        if self.groups.mp.size() > 1:
+            # Megatron counts tensor-parallel ranks first, then stages: the last stage's ranks close the group.
+            dist.broadcast(values, group=self.groups.mp, group_src=self.groups.mp.size() - self.groups.tp.size())
+        return values
+
+    @property
+    def decides(self) -> bool:
+        """Whether this rank samples its replica's tokens: the last stage's first tensor-parallel rank."""
+        return self.counts_losses
+
+    def gather_vocabulary(self, shard_BV: Tensor) -> Tensor:
+        """This stage's tensor-parallel shards [B, V / tp] side by side: [B, V], the same on each of its ranks."""
+        if self.groups.tp.size() == 1:
+            return shard_BV
+        shards = [torch.empty_like(shard_BV) for _ in range(self.groups.tp.size())]
+        dist.all_gather(shards, shard_BV.contiguous(), group=self.groups.tp)
+        return torch.cat(shards, dim=-1)
+
 
 def world_size() -> int:
     """Ranks that torchrun started; 1 without torchrun."""
@@ -96,8 +151,8 @@ def check_layout(parallel: ParallelConfig, model: ModelConfig, vocab_size: int) 
             f"parallel.tp = {parallel.tp} must divide model.ffn_size = {model.ffn_size}",
         ),
         (
-            model.num_layers % (parallel.pp * parallel.vpp) == 0,
-            f"parallel.pp x parallel.vpp = {parallel.pp * parallel.vpp} must divide "
+            model.num_layers >= parallel.pp * parallel.vpp,
+            f"parallel.pp x parallel.vpp = {parallel.pp * parallel.vpp} stages need a layer each, and "
             f"model.num_layers = {model.num_layers}",
         ),
         (
@@ -110,22 +165,18 @@ def check_layout(parallel: ParallelConfig, model: ModelConfig, vocab_size: int) 
             raise ValueError(message)
 
 
-def start(config: ParallelConfig, seed: int) -> Parallel:
-    """Join the ranks that torchrun started (or be the only one) and build the process groups."""
+def stage_layers(num_layers: int, stages: int) -> list[int]:
+    """Layers of each stage; what does not divide goes to the first ones, as the last one has the head."""
+    return [num_layers // stages + (stage < num_layers % stages) for stage in range(stages)]
+
+
+def start(config: ParallelConfig, seed: int, *, alone: bool = False) -> Parallel:
+    """Join the ranks that torchrun started (or be the only one, which `alone` makes of each) and build the groups.
+
+    Raises `ValueError` when this rank has no GPU where others have one, or when some rank does not join in time.
+    """
     if not dist.is_initialized():
-        alone = {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
-        cuda = torch.cuda.is_available()
-        if cuda:
-            local, devices = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
-            if local >= devices:
-                raise ValueError(
-                    f"rank {local} of this machine has no GPU of its own: it has {devices}; start at most "
-                    f"{devices} ranks on it, or train on the CPU with CUDA_VISIBLE_DEVICES="
-                )
-            torch.cuda.set_device(local)
-        dist.init_process_group(
-            "cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timedelta(minutes=config.timeout_minutes), **alone
-        )
+        _join(config, alone or "RANK" not in os.environ)
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=config.tp,
         pipeline_model_parallel_size=config.pp,
@@ -133,13 +184,48 @@ def start(config: ParallelConfig, seed: int) -> Parallel:
         create_gloo_process_groups=False,
     )
     tensor_parallel.model_parallel_cuda_manual_seed(seed + 1)
-    return Parallel(ProcessGroupCollection.use_mpu_process_groups(), config, dist.get_rank(), dist.get_world_size())
+    groups = ProcessGroupCollection.use_mpu_process_groups()
+    return Parallel(groups, config, dist.get_rank(), dist.get_world_size(), _watchdog(config))
 
 
-def stop() -> None:
-    """Leave the process groups."""
+def _join(config: ParallelConfig, alone: bool) -> None:
+    cuda = torch.cuda.is_available()
+    if cuda:
+        local, devices = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+        if local >= devices:
+            raise ValueError(
+                f"rank {local} of this machine has no GPU of its own: it has {devices}; start at most "
+                f"{devices} ranks on it, or train on the CPU with CUDA_VISIBLE_DEVICES="
+            )
+        torch.cuda.set_device(local)
+    world = {"store": dist.HashStore(), "rank": 0, "world_size": 1} if alone else {}
+    try:
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl" if cuda else "gloo",
+            # Longer than the watchdog's, whose line says which rank is waited for.
+            timeout=timedelta(minutes=1.5 * config.timeout_minutes + 1),
+            **world,
+        )
+    except dist.DistStoreError as error:
+        raise ValueError(
+            f"not all of the {world_size()} ranks came to {os.environ.get('MASTER_ADDR')}:"
+            f"{os.environ.get('MASTER_PORT')} in time: start the same command on every node"
+        ) from error
+
+
+def _watchdog(config: ParallelConfig) -> Watchdog:
+    start = next(_STARTS)  # the keys of an earlier watchdog on the same store are not this one's
+    if dist.get_world_size() == 1:
+        return Watchdog.off()
+    store = dist.PrefixStore(f"watchdog{start}", dist.distributed_c10d._get_default_store())
+    return Watchdog(store, dist.get_rank(), dist.get_world_size(), 60 * config.timeout_minutes)
+
+
+def stop(layout: Parallel, *, keep_ranks: bool = False) -> None:
+    """Leave the process groups; `keep_ranks` stays joined, for another layout of the same ranks."""
+    layout.watchdog.close()
     parallel_state.destroy_model_parallel()
-    if dist.is_initialized():
+    if dist.is_initialized() and not keep_ranks:
         dist.destroy_process_group()
 
 

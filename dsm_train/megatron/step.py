@@ -1,6 +1,6 @@
 """Megatron's forward-backward over packed micro-batches, its data-parallel buffers and its optimizer.
 
-T loss rows, D hidden, V vocabulary.
+T loss rows, N packed tokens, D hidden, V vocabulary (this rank's shard).
 """
 
 from __future__ import annotations
@@ -12,16 +12,19 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.module import Float16Module
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from dsm_train.config import ModelConfig, OptimConfig
-from dsm_train.megatron.layers import PackedAttend
-from dsm_train.megatron.model import HiddenGPTModel, forward_hidden
+from dsm_train.megatron import weights
+from dsm_train.megatron.layers import Attend, PackedAttend
+from dsm_train.megatron.model import HiddenGPTModel, forward_hidden, local_length, whole_sequence
 from dsm_train.megatron.parallel import Parallel
 from dsm_train.packing import MicroBatch
 from triton_kernels import LossOutput, linear_logprob
@@ -33,6 +36,11 @@ class Head:
 
     hidden_TD: Tensor
     weight_VD: Tensor
+    """This rank's rows, without those that pad the vocabulary; a rank that holds padding alone has none."""
+    tp_group: ProcessGroup | None
+    """The ranks that share the vocabulary; None: this rank has all of it."""
+    reduce_dx: bool
+    """Whether the loss op sums the hidden states' gradient over them; sequence parallelism sums it afterwards."""
 
 
 Loss = Callable[[Head, MicroBatch], LossOutput]
@@ -54,9 +62,13 @@ class Model:
     def _run(
         self, loss_of: Callable[[Head, MicroBatch], Any], micro_batches: Sequence[MicroBatch], *, train: bool
     ) -> list[Any]:
-        """Megatron's schedule; returns what `loss_of` gave on the last stage, in the order of micro-batches."""
+        """Megatron's schedule; returns what `loss_of` gave on the last stage, in the order of micro-batches.
+
+        Under the interleaved schedule (virtual stages) their number must be a multiple of the pipeline's ranks.
+        """
 
         def forward_step(batches: Any, module: torch.nn.Module) -> tuple[Tensor, Callable[..., Any]]:
+            self.parallel.watchdog.beat()
             batch: MicroBatch = next(batches)
             output = forward_hidden(module, self.config, batch.token_N, batch.position_N, PackedAttend(batch.layout))
             return output, partial(self._loss_function, loss_of, batch)
@@ -77,26 +89,72 @@ class Model:
         self, loss_of: Callable[[Head, MicroBatch], Any], batch: MicroBatch, output: Tensor, non_loss_data: bool = False
     ) -> Any:
         """Megatron's loss function: (sum, 0 tokens, output), so that nothing is divided after us."""
-        result = loss_of(Head(output.squeeze(1)[batch.state_T], self.head_weight()), batch)
+        hidden_ND, tp = whole_sequence(output, self.chunks[-1].config), self.parallel.groups.tp
+        head = Head(
+            hidden_ND[batch.state_T],
+            self.head_weight(),
+            tp if tp.size() > 1 else None,
+            reduce_dx=not self.parallel.config.sp,
+        )
+        result = loss_of(head, batch)
         if non_loss_data:
             return result
         return result.loss, torch.zeros([], dtype=torch.int, device=output.device), result
 
     def head_weight(self) -> Tensor:
-        """The output head [V, D] without the rows that pad the vocabulary."""
-        return self.chunks[-1].head_weight()[: self.vocab_size]
+        """This rank's rows of the output head [V, D] without those that pad the vocabulary. On the last stage."""
+        weight_VD = self.chunks[-1].head_weight()
+        first = self.parallel.groups.tp.rank() * len(weight_VD)
+        return weight_VD[: max(0, self.vocab_size - first)]
+
+    @torch.no_grad()
+    def hidden(self, token_N: Tensor, position_N: Tensor, attend: Attend) -> Tensor | None:
+        """States [N, D] of one packed batch, without gradient: through all stages, on the last one; None elsewhere."""
+        layout, config = self.parallel, self.chunks[0].config
+        ring, place = dist.get_process_group_ranks(layout.groups.pp), layout.groups.pp.rank()
+        output = torch.empty(0)
+        for turn, chunk in enumerate(self.chunks):  # stage `turn * pp + place`; the ring goes round once per turn
+            if turn or not layout.is_first_stage:
+                shape = (local_length(len(token_N), config), 1, self.config.hidden_size)
+                output = torch.empty(shape, dtype=config.params_dtype, device=token_N.device)
+                dist.recv(output, src=ring[place - 1], group=layout.groups.pp)
+                chunk.set_input_tensor(output)
+            output = forward_hidden(chunk, self.config, token_N, position_N, attend)
+            if not (layout.is_last_stage and chunk is self.chunks[-1]):
+                dist.send(output.contiguous(), dst=ring[(place + 1) % len(ring)], group=layout.groups.pp)
+        return whole_sequence(output, config)[: len(token_N)] if layout.is_last_stage else None
+
+    @torch.no_grad()
+    def logits(self, hidden_BD: Tensor) -> Tensor:
+        """Logits [B, V] over the whole vocabulary, fp32 out of the product as those of the log-probabilities.
+
+        On the last stage, the same on each of its tensor-parallel ranks.
+        """
+        weight_VD = self.chunks[-1].head_weight()
+        if hidden_BD.is_cuda and hidden_BD.dtype == torch.bfloat16:
+            logits_BV = torch.mm(hidden_BD, weight_VD.T, out_dtype=torch.float32)
+        else:
+            logits_BV = torch.mm(hidden_BD.float(), weight_VD.float().T)
+        return self.parallel.gather_vocabulary(logits_BV)[:, : self.vocab_size]
 
     @torch.no_grad()
     def logprobs(self, micro_batches: Sequence[MicroBatch], num_rows: int, temperature: float) -> Tensor:
-        """Log-probability of every response token of the batch the micro-batches were packed from: [T], CPU, fp32."""
+        """Log-probability of every response token of the batch the micro-batches were packed from.
+
+        [T], fp32, on the CPU, on every rank of the replica.
+        """
 
         def score(head: Head, batch: MicroBatch) -> Tensor:
-            return linear_logprob(head.hidden_TD, head.weight_VD, batch.target_T, temperature=temperature).logprob_T
+            return linear_logprob(
+                head.hidden_TD, head.weight_VD, batch.target_T, temperature=temperature, tp_group=head.tp_group
+            ).logprob_T
 
         logprob_T = torch.zeros(num_rows)
-        for batch, value in zip(micro_batches, self._run(score, micro_batches, train=False), strict=True):
-            logprob_T[batch.row_T] = value.float().cpu()
-        return logprob_T
+        results = self._run(score, micro_batches, train=False)
+        if self.parallel.is_last_stage:
+            for batch, value in zip(micro_batches, results, strict=True):
+                logprob_T[batch.row_T] = value.float().cpu()
+        return self.parallel.from_last_stage(logprob_T)
 
 
 class TrainableModel(Model):
@@ -174,6 +232,23 @@ class TrainableModel(Model):
             module.zero_grad_buffer()
         self.optimizer.zero_grad()
         return self._run(loss, micro_batches, train=True)
+
+    def gradients(self) -> dict[str, Tensor]:
+        """The full gradients of the last `forward_backward` by canonical name, on the main rank (CPU, fp32).
+
+        {} on other ranks; all of them must call it, before `optimizer_step`, which clips.
+        """
+        self.gather_gradients()
+        return weights.gather_full(self.chunks, self.parallel, weights.gradient)
+
+    def gather_gradients(self) -> None:
+        """Make every data-parallel rank's buffers whole; the distributed optimizer leaves each rank its shard only."""
+        if not self.parallel.config.distributed_optimizer:
+            return
+        for module in self.modules:
+            for bucket in (bucket for buffer in module.buffers for bucket in buffer.buckets):
+                mine = bucket.grad_data.chunk(self.parallel.dp_size)[self.parallel.dp_rank].clone()
+                dist.all_gather_into_tensor(bucket.grad_data, mine, group=self.parallel.groups.dp)
 
     def optimizer_step(self) -> float:
         """Clip, update, advance the schedule; returns the global gradient norm before clipping.

@@ -9,11 +9,13 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import torch
+import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -25,6 +27,8 @@ from dsm_train.megatron.parallel import Parallel
 _LAYER = re.compile(r"decoder\.layers\.(\d+)\.(.*)")
 WEIGHTS_FILE = "model.safetensors"
 MODEL_FILE = "model.json"
+VOCABULARY_WEIGHTS = ("embedding.word_embeddings.weight", "output_layer.weight")
+"""Weights with a row per token."""
 _AS_GIVEN = ("layers", "dtype", "recompute", "vocab_multiple", "max_length")
 
 
@@ -91,17 +95,89 @@ def copy_weights(source: Sequence[HiddenGPTModel], target: Sequence[HiddenGPTMod
             parameter.copy_(value)
 
 
+def gradient(parameter: torch.nn.Parameter) -> Tensor:
+    """What the data-parallel buffers have accumulated of a weight's gradient, fp32."""
+    return getattr(parameter, "main_grad")  # noqa: B009 (an attribute of Megatron's)
+
+
+@torch.no_grad()
+def gather_full(
+    chunks: Sequence[HiddenGPTModel],
+    parallel: Parallel,
+    value: Callable[[torch.nn.Parameter], Tensor] = lambda parameter: parameter,
+) -> dict[str, Tensor]:
+    """`value` of every weight (itself, its gradient, ...) as full tensors by canonical name, on the main rank's CPU.
+
+    {} on other ranks; all of them must call it. A tied head that lies on a stage of its own is a copy, and left out.
+    """
+    if parallel.dp_rank > 0:
+        return {}
+    whole = {name: _whole(name, parameter, value(parameter), parallel) for name, parameter in named_weights(chunks)}
+    if chunks[0].share_embeddings_and_output_weights:
+        whole.pop("output_layer.weight", None)
+    stages, groups = parallel.groups.pp, parallel.groups
+    if stages.size() == 1 or groups.tp.rank() > 0:
+        return whole if parallel.is_main else {}
+    shapes: list[Any] = [None] * stages.size()
+    dist.all_gather_object(shapes, {name: (x.shape, x.dtype) for name, x in whole.items()}, group=stages)
+    for stage in range(1, stages.size()):
+        source = dist.get_process_group_ranks(stages)[stage]
+        for name, (shape, dtype) in shapes[stage].items():
+            if parallel.is_main:
+                whole[name] = torch.empty(shape, dtype=dtype)
+                dist.recv(whole[name], src=source, group=stages)
+            elif parallel.rank == source:
+                dist.send(whole[name], dst=0, group=stages)
+    return whole if parallel.is_main else {}
+
+
+def _whole(name: str, parameter: torch.nn.Parameter, part: Tensor, parallel: Parallel) -> Tensor:
+    """A weight put together from the tensor-parallel ranks' parts, on the CPU: the inverse of `shard`."""
+    group = parallel.groups.tp
+    if group.size() == 1 or not getattr(parameter, "tensor_model_parallel", False):
+        return part.detach().to("cpu", copy=True).contiguous()  # the weight itself goes on changing
+    parts = [torch.empty_like(part, memory_format=torch.contiguous_format) for _ in range(group.size())]
+    dist.all_gather(parts, part.detach().contiguous(), group=group)
+    if "linear_fc1" in name:
+        halves = zip(*(x.chunk(2) for x in parts), strict=True)
+        return torch.cat([torch.cat(half) for half in halves]).cpu()
+    return torch.cat(parts, dim=_partition_dim(parameter)).cpu()
+
+
+@torch.no_grad()
+def difference_of_copies(
+    chunks: Sequence[HiddenGPTModel],
+    parallel: Parallel,
+    value: Callable[[torch.nn.Parameter], Tensor] = lambda parameter: parameter,
+) -> float:
+    """The largest difference between two ranks' copies of the same weight, or `value` of it; all ranks call it.
+
+    Copies: data-parallel replicas, weights that tensor parallelism does not split, and a tied head's on the last stage.
+    """
+    largest = torch.zeros(())
+    for name, parameter in named_weights(chunks):
+        groups = [parallel.groups.dp]
+        if not getattr(parameter, "tensor_model_parallel", False):
+            groups.append(parallel.groups.tp)
+        if chunks[0].share_embeddings_and_output_weights and name in VOCABULARY_WEIGHTS:
+            groups.append(parallel.groups.embd)
+        for group in groups:
+            high, low = (value(parameter).detach().to(torch.float32, copy=True) for _ in range(2))
+            dist.all_reduce(high, dist.ReduceOp.MAX, group=group)
+            dist.all_reduce(low, dist.ReduceOp.MIN, group=group)
+            largest = torch.maximum(largest, (high - low).max().float().cpu())
+    return float(parallel.all_reduce(largest, dist.ReduceOp.MAX))
+
+
 def save_weights(folder: Path, chunks: Sequence[HiddenGPTModel], model: ModelConfig, parallel: Parallel) -> None:
     """Write `model.safetensors` (full tensors by canonical name) and `model.json`, each in one atomic rename.
 
-    Raises `ValueError` when the weights are split over ranks: gathering them comes with checkpoints of all layouts.
+    All ranks call it; the main rank writes, for which it holds the whole model in CPU memory.
     """
-    if parallel.config.tp * parallel.config.pp > 1:
-        raise ValueError("saving weights of a split model is not built yet; use parallel.tp=1 parallel.pp=1")
+    tensors = gather_full(chunks, parallel)
     if not parallel.is_main:
         return
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = {name: parameter.detach().cpu().contiguous() for name, parameter in named_weights(chunks)}
     save_file(tensors, folder / f"{WEIGHTS_FILE}.tmp")
     (folder / f"{MODEL_FILE}.tmp").write_text(json.dumps(asdict(model), indent=1) + "\n")
     for file in (WEIGHTS_FILE, MODEL_FILE):
@@ -147,12 +223,14 @@ def load_weights(folder: Path, chunks: Sequence[HiddenGPTModel], parallel: Paral
     """
     full = load_file(folder / WEIGHTS_FILE)
     for name, parameter in named_weights(chunks):
+        if chunks[0].share_embeddings_and_output_weights and name == "output_layer.weight":
+            name = "embedding.word_embeddings.weight"  # the last stage's copy of a tied head
         if name not in full:
             raise ValueError(
                 f"run.init: {folder / WEIGHTS_FILE} has no weight {name}; was it written with another model?"
             )
         value, shape = full[name], _full_shape(parameter, parallel.groups.tp.size())
-        if list(value.shape) != shape and name in ("embedding.word_embeddings.weight", "output_layer.weight"):
+        if list(value.shape) != shape and name in VOCABULARY_WEIGHTS:
             value = torch.nn.functional.pad(value[: shape[0]], (0, 0, 0, max(0, shape[0] - value.shape[0])))
         if list(value.shape) != shape:
             raise ValueError(f"run.init: weight {name} of {folder} has shape {list(value.shape)}, the model {shape}")

@@ -14,10 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dsm_train.config import SamplingConfig
+from dsm_train.megatron import platform
 from dsm_train.megatron.layers import PackedAttend
-from dsm_train.megatron.model import forward_hidden
 from dsm_train.megatron.step import Model
-from dsm_train.rollout.sampling import Sampled, counter_uniform, sample
+from dsm_train.rollout.sampling import counter_uniform, sample
 from dsm_train.types import Prompt, Rollouts, Sequences, offsets
 from triton_kernels import PackedLayout
 
@@ -85,15 +85,12 @@ class DecodeAttend:
 
 
 class EmbeddedEngine:
-    """Generates with `model`'s live weights on this rank. Needs the whole model on this rank."""
+    """Generates with `model`'s live weights, in any layout; all ranks of a replica call `generate` alike.
+
+    Each rank keeps the keys and values of its own layers and heads. One rank samples, and tells the others.
+    """
 
     def __init__(self, model: Model, stop_ids: Sequence[int], seed: int) -> None:
-        layout = model.parallel.config
-        if layout.tp * layout.pp > 1:
-            raise ValueError(
-                "the embedded generator needs the whole model on every rank, but parallel.tp x parallel.pp = "
-                f"{layout.tp} x {layout.pp}: use parallel.tp=1 parallel.pp=1"
-            )
         self.model, self.seed = model, seed
         self.stop_ids = torch.tensor(sorted(stop_ids))
 
@@ -114,13 +111,6 @@ class EmbeddedEngine:
         return Rollouts.concatenate(parts)
 
 
-def _logits(hidden_BD: Tensor, head_VD: Tensor) -> Tensor:
-    """Logits [B, V], fp32 out of the product as those of the trainer's log-probabilities."""
-    if hidden_BD.is_cuda and hidden_BD.dtype == torch.bfloat16:
-        return torch.mm(hidden_BD, head_VD.T, out_dtype=torch.float32)
-    return F.linear(hidden_BD.float(), head_VD.float())
-
-
 class _Decoding:
     """The state of one call of `generate`. Row b of the output arrays is response b; `active` are still decoding."""
 
@@ -128,9 +118,8 @@ class _Decoding:
         self, engine: EmbeddedEngine, prompts: Sequence[Prompt], num_samples: int, sampling: SamplingConfig, step: int
     ) -> None:
         self.engine, self.prompts, self.sampling, self.step = engine, prompts, sampling, step
-        chunk = engine.model.chunks[0]
-        self.chunk, self.head = chunk, engine.model.head_weight()
-        device = self.device = self.head.device
+        self.model = engine.model
+        device = self.device = platform.device()
         rows = len(prompts) * num_samples
         self.prompt_length_P = torch.tensor([len(p.token) for p in prompts], device=device)
         self.prompt_of_B = torch.arange(len(prompts), device=device).repeat_interleave(num_samples)
@@ -139,6 +128,7 @@ class _Decoding:
         self.stop_ids = engine.stop_ids.to(device)
         self.token_BR = torch.zeros(rows, sampling.max_new_tokens, dtype=torch.int64, device=device)
         self.logprob_BR = torch.zeros(rows, sampling.max_new_tokens, device=device)
+        self.margin_BR = torch.zeros(rows, sampling.max_new_tokens, device=device)
         self.length_B = torch.zeros(rows, dtype=torch.int64, device=device)
         self.finished_B = torch.zeros(rows, dtype=torch.bool, device=device)
         self.active = torch.arange(rows, device=device)
@@ -157,8 +147,8 @@ class _Decoding:
         column_L = torch.arange(int(self.prompt_length_P.max()), device=self.device)
         index_PL = (start_P[:, None] + column_L).clamp(max=tokens.numel() - 1)
         attend = PrefillAttend(PackedAttend(layout), self.cache, index_PL, self.prompt_of_B)
-        hidden = forward_hidden(self.chunk, self.engine.model.config, tokens, layout.positions_T, attend).squeeze(1)
-        self._choose(hidden[end_P - 1][self.prompt_of_B])
+        hidden_ND = self.model.hidden(tokens, layout.positions_T, attend)
+        self._choose(None if hidden_ND is None else hidden_ND[end_P - 1][self.prompt_of_B])
 
     def decode(self) -> None:
         """Run the last token of every active response, and choose the next."""
@@ -167,11 +157,33 @@ class _Decoding:
         visible = (torch.arange(used, device=self.device) <= position_B[:, None])[:, None, None]
         attend = DecodeAttend(self.cache, position_B, visible)
         token_B = self.token_BR[self.active, self.emitted - 1]
-        hidden = forward_hidden(self.chunk, self.engine.model.config, token_B, position_B, attend).squeeze(1)
-        self._choose(hidden)
+        self._choose(self.model.hidden(token_B, position_B, attend))
 
-    def _choose(self, hidden_BD: Tensor) -> None:
-        """Sample the next token of the active rows, and retire those that end."""
+    def _choose(self, hidden_BD: Tensor | None) -> None:
+        """Sample the next token of the active rows, and retire those that end. The last stage gives the states."""
+        rows, parallel = self.active, self.model.parallel
+        parallel.watchdog.beat()
+        logits_BV = None if hidden_BD is None else self.model.logits(hidden_BD)
+        # fp64 holds tokens and fp32 numbers exactly.
+        chosen = torch.empty(3, rows.numel(), dtype=torch.float64, device=self.device)
+        if logits_BV is not None and parallel.decides:
+            chosen = self._sample(logits_BV)
+        token_B, logprob_B, margin_B = parallel.from_decider(chosen)
+        token_B = token_B.long()
+        self.token_BR[rows, self.emitted] = token_B
+        self.logprob_BR[rows, self.emitted] = logprob_B.float()
+        self.margin_BR[rows, self.emitted] = margin_B.float()
+        self.emitted += 1
+        stopped = torch.isin(token_B, self.stop_ids)
+        self.finished_B[rows] = stopped
+        self.length_B[rows] = self.emitted
+        going = ~stopped if self.emitted < self.sampling.max_new_tokens else torch.zeros_like(stopped)
+        if not bool(going.all()):
+            self.active = rows[going]
+            self.cache.keep(going.nonzero().squeeze(1))
+
+    def _sample(self, logits_BV: Tensor) -> Tensor:
+        """[token | log-probability | margin] of the active rows, fp64 [3, B]."""
         rows = self.active
         uniform = None
         if self.sampling.temperature > 0:
@@ -179,17 +191,8 @@ class _Decoding:
             uniform = counter_uniform(
                 self.engine.seed, self.step, self.prompt_id_B[rows], self.sample_B[rows], position
             )
-        chosen: Sampled = sample(_logits(hidden_BD, self.head), uniform, self.sampling)
-        self.token_BR[rows, self.emitted] = chosen.token_B
-        self.logprob_BR[rows, self.emitted] = chosen.logprob_B
-        self.emitted += 1
-        stopped = torch.isin(chosen.token_B, self.stop_ids)
-        self.finished_B[rows] = stopped
-        self.length_B[rows] = self.emitted
-        going = ~stopped if self.emitted < self.sampling.max_new_tokens else torch.zeros_like(stopped)
-        if not bool(going.all()):
-            self.active = rows[going]
-            self.cache.keep(going.nonzero().squeeze(1))
+        chosen = sample(logits_BV, uniform, self.sampling)
+        return torch.stack([chosen.token_B.double(), chosen.logprob_B.double(), chosen.margin_B.double()])
 
     def rollouts(self) -> Rollouts:
         """The responses, packed, on the CPU."""
@@ -207,6 +210,7 @@ class _Decoding:
             ),
             prompt_id_P=torch.tensor([p.id for p in self.prompts], dtype=torch.int64),
             rollout_logprob_T=self.logprob_BR.cpu()[taken],
+            margin_T=self.margin_BR.cpu()[taken],
             finished_S=self.finished_B.cpu(),
-            weight_version=getattr(self.engine.model, "steps", 0),
+            weight_version=getattr(self.model, "steps", 0),
         )

@@ -1,4 +1,4 @@
-"""One rank of `test_layouts.py`: builds a layout, trains one step and writes what it holds.
+"""One rank of `test_layouts.py`: builds layouts, trains two steps in each, samples, and writes what it holds.
 
 python layout_worker.py RANK WORLD_SIZE STORE OUT CASE...
 """
@@ -19,29 +19,38 @@ from dsm_train.grpo import token_weights
 from dsm_train.megatron import parallel, weights
 from dsm_train.megatron.parallel import Parallel
 from dsm_train.megatron.step import TrainableModel
-from dsm_train.packing import pack
+from dsm_train.packing import MicroBatch, pack
 from dsm_train.rollout.embedded import EmbeddedEngine
-from dsm_train.types import Prompt
+from dsm_train.types import Prompt, Rollouts, Sequences
 from dsm_train.update import optimizer_step, supervised_loss
 
 MODEL = replace(tiny.MODEL, num_layers=4)
+UNEVEN = replace(tiny.MODEL, num_layers=3)
+RECOMPUTE = replace(MODEL, recompute=True)
 SEQUENCES = tiny.sequences([3, 1, 6, 2], [4, 9, 1, 3, 2, 7, 5, 5])
 OPTIM = OptimConfig(lr=1e-2, weight_decay=0.1)
+PROMPTS = [Prompt(1, [3, 4, 5]), Prompt(2, [11]), Prompt(5, [9, 8, 7, 6]), Prompt(7, [1, 2])]
+SAMPLING = SamplingConfig(max_new_tokens=12)
 
 CASES: dict[str, tuple[ParallelConfig, ModelConfig]] = {
     "one": (ParallelConfig(), MODEL),
     "one_tied": (ParallelConfig(), tiny.tied(MODEL)),
+    "one_uneven": (ParallelConfig(), UNEVEN),
     "tp2": (ParallelConfig(tp=2), MODEL),
     "tp2_sp": (ParallelConfig(tp=2, sp=True), MODEL),
+    "tp2_tied": (ParallelConfig(tp=2), tiny.tied(MODEL)),
+    "tp2_sp_recompute": (ParallelConfig(tp=2, sp=True), RECOMPUTE),
     "pp2": (ParallelConfig(pp=2), MODEL),
+    "pp2_uneven": (ParallelConfig(pp=2), UNEVEN),
     "pp2_tied": (ParallelConfig(pp=2), tiny.tied(MODEL)),
     "pp2_vpp2": (ParallelConfig(pp=2, vpp=2), MODEL),
     "dp2": (ParallelConfig(), MODEL),
     "dp2_overlap": (ParallelConfig(overlap=True), MODEL),
     "dp2_distributed": (ParallelConfig(distributed_optimizer=True), MODEL),
     "dp2_distributed_overlap": (ParallelConfig(distributed_optimizer=True, overlap=True), MODEL),
+    "tp2_sp_pp2": (ParallelConfig(tp=2, sp=True, pp=2), MODEL),
+    "pp2_vpp2_dp2": (ParallelConfig(pp=2, vpp=2, distributed_optimizer=True, overlap=True), MODEL),
 }
-TRAINED = ("one", *(name for name in CASES if name.startswith("dp2")))
 
 
 def run(name: str, rank: int, world: int, store: dist.Store, out: Path) -> None:
@@ -53,46 +62,45 @@ def run(name: str, rank: int, world: int, store: dist.Store, out: Path) -> None:
         "place": (layout.groups.tp.rank(), layout.groups.pp.rank(), layout.dp_rank),
         "sizes": (layout.groups.tp.size(), layout.groups.pp.size(), layout.dp_size),
         "losses": layout.counts_losses,
-        "initial": tiny.full_weights(policy.chunks),
         "gathered": layout.gather_over_data(rank),
+        "exchanged": layout.exchange_over_data([(rank, to) for to in range(layout.dp_size)]),
+        "initial": weights.gather_full(policy.chunks, layout),
+        "local": tiny.full_weights(policy.chunks),
+        "rollouts": generate(policy, layout),
+        "again": generate(policy, layout),
+        "logprob": policy.logprobs(packed(SEQUENCES, 30, config), SEQUENCES.response_token_T.numel(), 0.8),
     }
-    if name in TRAINED:
-        result["steps"] = [train(policy, layout, max_tokens) for max_tokens in (1000, 12)]
-        result["trained"] = tiny.full_weights(policy.chunks)
-        # the generator and the log-probabilities read the weights of after the update, on every rank
-        rollouts = EmbeddedEngine(policy, [7], seed=0).generate(
-            [Prompt(1, [3, 4, 5])], 4, SamplingConfig(max_new_tokens=6), step=0
-        )
-        result["response"] = rollouts.sequences.response_token_T
-        T = SEQUENCES.response_token_T.numel()
-        result["logprob"] = policy.logprobs(pack(SEQUENCES, 1000, torch.device("cpu")), T, 1.0)
-    else:
-        result["refused"] = refusal(policy, layout, out)
+    result["steps"] = [train(policy, layout, max_tokens) for max_tokens in (1000, 16)]
+    result["trained"] = weights.gather_full(policy.chunks, layout)
+    result["copies"] = weights.difference_of_copies(policy.chunks, layout)
+    result["sampled"] = generate(policy, layout).sequences.response_token_T  # with the weights of after the update
+    weights.save_weights(out / f"{name}-weights", policy.chunks, model, layout)
+    dist.barrier()
+    policy.restart(OPTIM, 1)
+    weights.initialise(policy.chunks, model, 1, layout)
+    weights.load_weights(out / f"{name}-weights", policy.chunks, layout)
+    result["loaded"] = weights.gather_full(policy.chunks, layout)
     torch.save(result, out / f"{name}-{rank}.pt")
-    parallel.stop()
+    parallel.stop(layout)
+
+
+def packed(sequences: Sequences, max_tokens: int, config: ParallelConfig) -> list[MicroBatch]:
+    return pack(sequences, max_tokens, torch.device("cpu"), multiple=config.pp if config.vpp > 1 else 1)
+
+
+def generate(policy: TrainableModel, layout: Parallel) -> Rollouts:
+    """This replica's share of the prompts."""
+    engine = EmbeddedEngine(policy, [7], seed=0)
+    return engine.generate(PROMPTS[layout.dp_rank :: layout.dp_size], 4, SAMPLING, step=0)
 
 
 def train(policy: TrainableModel, layout: Parallel, max_tokens: int) -> dict[str, object]:
     """One step on this replica's groups of a batch of four."""
-    groups = SEQUENCES.num_prompts // layout.dp_size
-    mine, _, _ = SEQUENCES.groups(layout.dp_rank * groups, (layout.dp_rank + 1) * groups)
+    mine = SEQUENCES.take(torch.arange(SEQUENCES.num_responses).chunk(layout.dp_size)[layout.dp_rank])
     weight_T = token_weights(mine.response_cu, "response", SEQUENCES.num_responses, 0, fixed_length=1)
-    step = optimizer_step(policy, pack(mine, max_tokens, torch.device("cpu")), supervised_loss(weight_T))
+    batches = packed(mine, max_tokens, layout.config)
+    step = optimizer_step(policy, batches, supervised_loss(weight_T))
     return {"loss": step.loss, "grad_norm": step.grad_norm, "lr": step.lr, "sums": step.stats.sums}
-
-
-def refusal(policy: TrainableModel, layout: Parallel, out: Path) -> list[str]:
-    """What a split model says to the things that are not built for it."""
-    messages = []
-    for attempt in (
-        lambda: EmbeddedEngine(policy, [7], seed=0),
-        lambda: weights.save_weights(out / "weights", policy.chunks, policy.config, layout),
-    ):
-        try:
-            attempt()
-        except ValueError as error:
-            messages.append(str(error))
-    return messages
 
 
 def main() -> None:

@@ -11,6 +11,8 @@ import pytest
 import torch
 from commands import GRPO, TINY, WARMUP, metrics, run, run_apart, values, write_gsm8k, write_sevens
 
+from dsm_train.rollout.record import read_rollouts
+
 PRESETS = ["grpo", "dr_grpo", "dapo", "gspo", "cispo"]
 
 
@@ -57,6 +59,8 @@ def test_metrics_tell_of_every_step(first_run: tuple[Path, subprocess.CompletedP
     steps = [row for row in rows if row["phase"] == "grpo" and "loss" in row]
     for row in steps:
         assert row["grad_norm"] >= 0 and row["entropy"] > 0 and row["lr"] == 1e-3 and row["tokens_per_second"] > 0
+        phases = ("rollout_seconds", "score_seconds", "update_seconds")
+        assert row["step_seconds"] == pytest.approx(sum(row[name] for name in phases))
         assert row["ratio"] == pytest.approx(1.0) and row["clipped_low"] == row["clipped_high"] == 0  # on-policy
         assert 1 <= row["response_tokens"] <= 5
     # the reference is the policy as GRPO begins
@@ -116,6 +120,26 @@ def test_the_written_configuration_repeats_the_run(
     first, _ = first_run
     run("grpo", f"--config={first / 'config.yaml'}", f"run.out={tmp_path}")
     assert values(tmp_path) == values(first)
+
+
+def test_a_step_without_anything_to_learn_from_leaves_the_policy(tmp_path: Path) -> None:
+    """All rewards are 0, and no KL holds the policy: nothing is computed, and nothing is claimed of it."""
+    run("grpo", *GRPO, f"run.out={tmp_path}", "algorithm.kl_coef=0", "steps=1")
+    (row,) = (row for row in metrics(tmp_path) if "loss" in row)
+    assert row["reward"] == row["loss"] == row["grad_norm"] == 0 and row["groups_without_spread"] == 1
+    assert all(row[name] is None for name in ("ratio", "entropy", "ratio_max", "ratio_min"))
+
+
+@pytest.mark.parametrize("reuse", [(), ("algorithm.epochs=2",)])
+def test_a_recorded_step_is_what_the_update_saw(reuse: tuple[str, ...], tmp_path: Path) -> None:
+    file = tmp_path / "of" / "step.parquet"
+    steps = run_sevens(tmp_path / "run", *reuse, f"record={file}", "record_step=2", "steps=2")
+    rollouts = read_rollouts(file)
+    assert rollouts.weight_version == 10 + 1 + len(reuse)  # optimizer steps of the warm-up and of the first stage
+    assert float(rollouts.reward_S.mean()) == pytest.approx(steps[1]["reward"])
+    assert float(rollouts.rollout_logprob_T.mean()) == pytest.approx(steps[1]["rollout_logprob"])
+    assert rollouts.margin_T.numel() == rollouts.sequences.response_token_T.numel()
+    assert rollouts.ref_logprob_T is not None and (rollouts.old_logprob_T is not None) == bool(reuse)
 
 
 def test_an_earlier_run_in_the_folder_is_set_aside(tmp_path: Path) -> None:

@@ -1,0 +1,127 @@
+"""Rollouts as a file: Parquet, one row per response, so that a step can be replayed and read by any data tool.
+
+| column | type | |
+|---|---|---|
+| group | int64 | the prompt's place in the step; its responses are consecutive rows |
+| prompt_id | int64 | task number of the prompt |
+| prompt_token, response_token | list of int64 | |
+| finish | string | "stop" or "length" |
+| reward | float | null until scored |
+| rollout_logprob, margin, ref_logprob, old_logprob | list of float, one per response token | null if not computed |
+
+The schema's metadata hold the format's version and the weight version. P prompts, S responses, T response tokens.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from torch import Tensor
+
+from dsm_train.megatron.parallel import Parallel
+from dsm_train.metrics import prepare_output
+from dsm_train.types import Rollouts, Sequences, offsets
+
+FORMAT_VERSION = "1"
+_VERSION, _WEIGHTS = b"dsm_rollouts_version", b"dsm_weight_version"
+_PER_TOKEN = ("rollout_logprob", "margin", "ref_logprob", "old_logprob")
+
+
+def check_writable(path: Path) -> None:
+    """Prove that a record can be written here before anything is trained; raises `ValueError` with the remedy."""
+    if path.is_dir():
+        raise ValueError(f"record = {path} is a folder: name a file, such as {path / 'step.parquet'}")
+    prepare_output(path.parent)
+
+
+def write_rollouts(path: Path, rollouts: Rollouts, parallel: Parallel) -> None:
+    """Write the rollouts of all data-parallel replicas, in rank order, in one atomic rename; called on every rank."""
+    replicas = [part for part in parallel.gather_over_data(rollouts) if isinstance(part, Rollouts)]
+    if not parallel.is_main:
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(path.name + ".tmp")
+    pq.write_table(_to_table(Rollouts.concatenate(replicas)), unfinished, compression="zstd", write_page_checksum=True)
+    unfinished.replace(path)
+
+
+def read_rollouts(path: Path) -> Rollouts:
+    """Read what `write_rollouts` wrote, bit for bit.
+
+    Raises `ValueError` for a file that is missing, damaged, or not written by it.
+    """
+    if not path.is_file():
+        raise ValueError(f"batch {path} does not exist: record one with dsm-train grpo ... record={path}")
+    try:
+        table = pq.read_table(path, page_checksum_verification=True)
+    except (pa.ArrowException, OSError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"batch {path} is damaged or no Parquet file ({reason}): record it anew") from error
+    metadata = table.schema.metadata or {}
+    version = metadata.get(_VERSION, b"").decode()
+    if version != FORMAT_VERSION:
+        what = f"rollouts in format {version}, not {FORMAT_VERSION}" if version else "no rollouts of this trainer"
+        raise ValueError(f"batch {path} holds {what}: record it anew with dsm-train grpo ... record=FILE")
+    return _from_table(table, int(metadata[_WEIGHTS]))
+
+
+def _to_table(rollouts: Rollouts) -> pa.Table:
+    sequences = rollouts.sequences
+    if not bool((sequences.group_cu.diff() > 0).all()):
+        raise ValueError("a prompt without responses cannot be written: every row is a response")
+    prompt_S = sequences.prompt_of_response_S
+    columns: dict[str, pa.Array] = {
+        "group": pa.array(prompt_S.numpy()),
+        "prompt_id": pa.array(rollouts.prompt_id_P.long()[prompt_S].numpy()),
+        "prompt_token": _lists(sequences.prompt_token, sequences.prompt_cu).take(pa.array(prompt_S.numpy())),
+        "response_token": _lists(sequences.response_token_T, sequences.response_cu),
+        "finish": pa.array(np.where(rollouts.finished_S.numpy(), "stop", "length"), type=pa.string()),
+    }
+    scored = rollouts.reward_S.numel() == sequences.num_responses
+    columns["reward"] = (
+        pa.array(rollouts.reward_S.numpy()) if scored else pa.nulls(sequences.num_responses, pa.float32())
+    )
+    for name in _PER_TOKEN:
+        value_T: Tensor | None = getattr(rollouts, f"{name}_T")
+        if value_T is not None and value_T.numel() == sequences.response_token_T.numel():
+            columns[name] = _lists(value_T, sequences.response_cu)
+        else:
+            columns[name] = pa.nulls(sequences.num_responses, pa.list_(pa.float32()))
+    metadata = {_VERSION: FORMAT_VERSION, _WEIGHTS: str(rollouts.weight_version)}
+    return pa.table(columns).replace_schema_metadata(metadata)
+
+
+def _from_table(table: pa.Table, weight_version: int) -> Rollouts:
+    columns = {name: table.column(name).combine_chunks() for name in table.column_names}
+    group_cu = offsets(np.bincount(columns["group"].to_numpy()).tolist())
+    first_P = pa.array(group_cu[:-1].numpy())  # the first response of each group
+    prompt_token, prompt_cu = _tensors(columns["prompt_token"].take(first_P))
+    response_token_T, response_cu = _tensors(columns["response_token"])
+    computed = {name: columns[name] for name in (*_PER_TOKEN, "reward") if columns[name].null_count < table.num_rows}
+    scored = {"reward_S": _tensor(computed.pop("reward"))} if "reward" in computed else {}
+    return Rollouts(
+        sequences=Sequences(prompt_token, prompt_cu, response_token_T, response_cu, group_cu),
+        prompt_id_P=_tensor(columns["prompt_id"].take(first_P)),
+        finished_S=torch.from_numpy(columns["finish"].to_numpy(zero_copy_only=False) == "stop"),
+        weight_version=weight_version,
+        **scored,
+        **{f"{name}_T": _tensors(column)[0] for name, column in computed.items()},
+    )
+
+
+def _lists(value_T: Tensor, cu: Tensor) -> pa.ListArray:
+    """A list per segment of a packed tensor."""
+    return pa.ListArray.from_arrays(pa.array(cu.numpy()), pa.array(value_T.numpy()))
+
+
+def _tensor(column: pa.Array) -> Tensor:
+    return torch.from_numpy(column.to_numpy(zero_copy_only=False).copy())
+
+
+def _tensors(column: pa.ListArray) -> tuple[Tensor, Tensor]:
+    """The packed values of a column of lists, and their offsets."""
+    return _tensor(column.flatten()), offsets(column.value_lengths().to_pylist())
