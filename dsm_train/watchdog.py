@@ -24,7 +24,7 @@ import threading
 import time
 import traceback
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from types import FrameType
 from typing import TYPE_CHECKING, NoReturn
@@ -141,10 +141,8 @@ class Watchdog:
         self._watcher.join(self._patience)
         if self._watcher.is_alive():
             return  # the store does not answer
-        try:
+        with suppress(RuntimeError):  # the store has gone, and with it whom to tell
             self._report(self._store)
-        except RuntimeError:
-            pass  # the store has gone, and with it whom to tell
 
     def _watch(self, store: Store) -> None:
         """Report and look for a verdict every tick; read the others' reports and judge now and then."""
@@ -223,8 +221,9 @@ class Watchdog:
             time.sleep(self._patience + 4 * self._read_every)
         self._failed = True
         what = f"exit status {error.code}" if isinstance(error, SystemExit) else _first_line(error)
-        self._claim(store, f'rank {self._rank} (host {self._host}) failed in "{self._phase}": {what}: ended')
-        time.sleep(3 * self._tick)  # its end may take the store along: the others read first
+        with suppress(RuntimeError):  # without a store, the others end by themselves
+            self._claim(store, f'rank {self._rank} (host {self._host}) failed in "{self._phase}": {what}: ended')
+            time.sleep(1.5 * self._tick)  # its end may take the store along: the others read first
 
     def _claim(self, store: Store, verdict: str) -> None:
         """Leave the verdict for all ranks to find, unless there is one."""
@@ -236,7 +235,9 @@ class Watchdog:
         verdict = store.get("verdict").decode()
         if store.add(f"printed on {self._host} {os.environ.get('GROUP_RANK')}", 1) == 1:
             self._print(verdict)
-        time.sleep(3 * self._tick)  # as in _fail
+        # Other nodes read the verdict first, and a rank that failed ends first: torchrun, which stops the others of a
+        # node when one ends, must neither cut its traceback off nor name another as the cause.
+        time.sleep(5 * self._tick)
         os._exit(1)
 
     def _end_alone(self, what: str) -> NoReturn:
@@ -274,8 +275,8 @@ def judge(
 ) -> str | None:
     """Why the run has to end, as a line, or None.
 
-    timeout: seconds that the run may stand still, and a rank be silent; patience: seconds that a rank may be silent when
-    the run stands still, or when this rank is bereaved: the end of another has broken its collective.
+    timeout: seconds that the run may stand still, and a rank be silent; patience: seconds that a rank may be silent
+    when the run stands still, or when this rank is bereaved: the end of another has broken its collective.
     """
     here = {rank: seen for rank, seen in ranks.items() if not seen.report.closed}
     waiting = {rank: seen for rank, seen in here.items() if seen.report.waits}

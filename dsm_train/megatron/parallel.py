@@ -214,10 +214,10 @@ def _join(config: ParallelConfig, alone: bool) -> None:
 
 
 def _watchdog(config: ParallelConfig) -> Watchdog:
-    start = next(_STARTS)  # the keys of an earlier watchdog on the same store are not this one's
     if dist.get_world_size() == 1:
         return Watchdog.off()
-    store = dist.PrefixStore(f"watchdog{start}", dist.distributed_c10d._get_default_store())
+    # The keys of an earlier watchdog on the same store are not this one's.
+    store = dist.PrefixStore(f"watchdog{next(_STARTS)}", dist.distributed_c10d._get_default_store())
     return Watchdog(store, dist.get_rank(), dist.get_world_size(), 60 * config.timeout_minutes)
 
 
