@@ -9,14 +9,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-COMING = ("pretrain", "reward", "ppo", "rft", "dpo", "convert", "plan", "verify-step", "corpus")
+COMING = ("pretrain", "reward", "ppo", "rft", "dpo", "convert", "plan", "corpus")
 USAGE = """usage: dsm-train <stage> [--config FILE] [key=value ...]
 
 stages:
-  sft       supervised fine-tuning on worked solutions
-  grpo      GRPO (DeepSeekMath, Algorithm 1), after a supervised warm-up where one is asked for
-  eval      greedy accuracy and pass@k on held-out tasks
-  generate  sample responses to prompts
+  sft          supervised fine-tuning on worked solutions
+  grpo         GRPO (DeepSeekMath, Algorithm 1), after a supervised warm-up where one is asked for
+  eval         greedy accuracy and pass@k on held-out tasks
+  generate     sample responses to prompts
+  verify-step  compare an optimizer step in this layout with the same step on one rank
 
 dsm-train <stage> --help explains every key. On several ranks: torchrun --nproc-per-node N -m dsm_train <stage> ...
 coming: """ + " ".join(COMING)
@@ -43,6 +44,10 @@ def stage(name: str) -> Stage:
         from dsm_train.sft import train_sft
 
         return Stage(stages.SftConfig, train_sft, "Supervised fine-tuning on worked solutions.")
+    if name == "verify-step":
+        from dsm_train.verify import verify_step
+
+        return Stage(stages.VerifyStepConfig, verify_step, "Compare an optimizer step here with the same on one rank.")
     from dsm_train.eval.stage import evaluate, generate
 
     if name == "eval":
@@ -54,7 +59,8 @@ def stage_configs() -> list[type]:
     """The configurations of all stages, which may share a recipe."""
     from dsm_train import stages
 
-    return [stages.SftConfig, stages.GrpoConfig, stages.EvaluateConfig, stages.GenerateConfig]
+    s = stages
+    return [s.SftConfig, s.GrpoConfig, s.EvaluateConfig, s.GenerateConfig, s.VerifyStepConfig]
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -67,7 +73,7 @@ def main(argv: list[str] | None = None) -> None:
         print(USAGE)
         raise SystemExit(0 if arguments else 2)
     name, rest = arguments[0], arguments[1:]
-    known = ("sft", "grpo", "eval", "generate")
+    known = ("sft", "grpo", "eval", "generate", "verify-step")
     if name not in known:
         what = "is not built yet" if name in COMING else "is no stage"
         print(f"dsm-train: {name} {what}; stages that run: {' '.join(known)}", file=sys.stderr)

@@ -14,6 +14,7 @@ import difflib
 import io
 import os
 import sys
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import MISSING, dataclass, fields, is_dataclass, make_dataclass, replace
 from pathlib import Path
@@ -42,6 +43,9 @@ class _Leaf:
 _ELSEWHERE = _Leaf(str, required=False)
 """A value that another stage of the same recipe has."""
 
+_SPEAKER_SECONDS = 10.0
+"""How long the other ranks of a machine leave it to its first to say what is wrong."""
+
 
 @dataclass(frozen=True, slots=True)
 class _Setting:
@@ -56,13 +60,16 @@ def user_errors(prog: str) -> Iterator[None]:
     """Turn a ValueError of the block into the line `prog: message` on stderr and exit status 2.
 
     Wrap the preparation of a run in it (configuration, data, layout, output folder) and never the training, whose
-    crashes keep their traceback. With DSM_TRACEBACK=1 the preparation keeps it as well.
+    crashes keep their traceback. With DSM_TRACEBACK=1 the preparation keeps it as well. Of a machine's ranks the first
+    speaks for all; torchrun then ends the others, and one that is not ended has an error of its own to tell.
     """
     try:
         yield
     except ValueError as error:
         if os.environ.get("DSM_TRACEBACK"):
             raise
+        if os.environ.get("LOCAL_RANK", "0") != "0":
+            time.sleep(_SPEAKER_SECONDS)
         print(f"{prog}: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
         raise SystemExit(2) from None
 
@@ -89,6 +96,19 @@ def load_config(
     if missing:
         raise ValueError(f"{missing[0]} has no default: add {missing[0]}=VALUE or set it in the recipe")
     return _build(cls, {key: _parse(key, leaves[key].type, setting) for key, setting in settings.items()})
+
+
+def parse_section(cls: type[ConfigT], text: str, name: str) -> ConfigT:
+    """Build one component from `key=value,key=value`: the value called `name` of another. Errors as `load_config`."""
+    leaves, where = _leaves(cls), f"{name}: "
+    values: dict[str, Any] = {}
+    for item in text.split(","):
+        key, equals, value = item.strip().partition("=")
+        if not equals:
+            raise ValueError(f"{where}{item!r} is not key=value; keys are {', '.join(leaves)}")
+        _check_key(key, leaves, where)
+        values[key] = _parse(key, leaves[key].type, _Setting(value, where))
+    return _build(cls, values)
 
 
 def to_yaml(config: Any) -> str:
@@ -123,7 +143,7 @@ def _print_help(cls: type, prog: str, description: str) -> NoReturn:
     description += (
         f"\n\nA recipe sets the values and key=value overrides it; the later one wins:"
         f"\n  {prog} --config recipes/x.yaml {_example(cls)}=VALUE"
-        "\n--key value and --key=value do the same. null (or None) unsets what may be None."
+        "\n--key value and --key=value do the same, --key says true, and null unsets."
     )
     tyro.cli(
         cls,
@@ -186,8 +206,9 @@ def _read_arguments(argv: Sequence[str], leaves: dict[str, _Leaf]) -> tuple[list
     """Split the arguments into recipes and settings, both in the order given."""
     recipes: list[Path] = []
     settings: dict[str, _Setting] = {}
-    arguments = iter(argv)
-    for argument in arguments:
+    following = list(argv)
+    while following:
+        argument = following.pop(0)
         key, equals, text = argument.removeprefix("--").partition("=")
         key = key.replace("-", "_")
         if not equals and not argument.startswith("--") and key not in leaves:
@@ -195,8 +216,12 @@ def _read_arguments(argv: Sequence[str], leaves: dict[str, _Leaf]) -> tuple[list
         if key != "config":
             _check_key(key, leaves)
         if not equals:
-            text = next(arguments, "--") if argument.startswith("--") else "--"
-            if text.startswith("--"):
+            follows = following[0] if following else "--"
+            if key in leaves and leaves[key].type is bool and argument.startswith("--"):  # a switch, or --key false
+                text = following.pop(0) if follows.lower() in ("true", "false") else "true"
+            elif argument.startswith("--") and not follows.startswith("--"):
+                text = following.pop(0)
+            else:
                 raise ValueError(f"{key} has no value: write {argument}=VALUE")
         if key == "config":
             recipes.append(Path(text))

@@ -117,3 +117,31 @@ class GenerateConfig(StageConfig):
 
     def __post_init__(self) -> None:
         require(self.num_samples >= 1, "num_samples", "at least 1", self.num_samples)
+
+
+@dataclass(frozen=True)
+class VerifyStepConfig(StageConfig):
+    """Stage `verify-step`: one optimizer step of a batch in this layout, compared with the same step elsewhere."""
+
+    batch: Path | None = None
+    """Rollouts that grpo record=FILE wrote; the whole file is one optimizer step."""
+    synthetic: bool = False
+    """Take a made-up batch instead that reaches every term of the loss: off-policy, clipped on both sides, ragged."""
+    layers: int | None = None
+    """Keep only the first layers of the model, so that it fits one rank; none: all."""
+    reference_layout: str | None = None
+    """Compare with this layout of all ranks (tp=1,pp=2) rather than with one rank alone."""
+    shuffle: bool = False
+    """Pack the responses in another order in the layout that is verified."""
+    algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)
+    """Algorithm."""
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    """How the rollouts were sampled: their temperature, and the fixed length to average by."""
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    """Optimizer."""
+
+    def __post_init__(self) -> None:
+        require(self.layers is None or self.layers >= 1, "layers", "at least 1", self.layers)
+        require(
+            self.sampling.temperature > 0, "sampling.temperature", "above 0, as in training", self.sampling.temperature
+        )

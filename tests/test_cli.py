@@ -11,7 +11,8 @@ from typing import Literal, Optional
 
 import pytest
 
-from dsm_train.cli import load_config, to_yaml, user_errors
+from dsm_train import cli
+from dsm_train.cli import load_config, parse_section, to_yaml, user_errors
 
 
 @dataclass(frozen=True)
@@ -122,11 +123,44 @@ def test_recipe_values(tmp_path: Path, written: str, expected: Config):
         ("data.path=null", Data(path=None)),
         ("data.path=-1", Data(path="-1")),
         ("data.shuffle=false", Data(shuffle=False)),
+        ("--data.shuffle=false", Data(shuffle=False)),
         ("data.kind=words", Data(kind="words")),
     ],
 )
 def test_argument_values(argument: str, expected: Data):
     assert load("name=n", "data.path=x", "data.path=None", argument).data == expected
+
+
+@pytest.mark.parametrize(
+    ("argv", "shuffle", "seed"),
+    [
+        (["--data.shuffle"], True, 0),
+        (["--data.shuffle", "seed=3"], True, 3),
+        (["--data.shuffle", "--seed", "3"], True, 3),
+        (["--data.shuffle", "True"], True, 0),
+        (["--data.shuffle", "false", "seed=3"], False, 3),
+        (["--data.shuffle", "data.shuffle=false"], False, 0),
+    ],
+)
+def test_switches(tmp_path: Path, argv: list[str], shuffle: bool, seed: int):
+    off = recipe(tmp_path, f"name: n\ndata: {{path: x, shuffle: {not shuffle}}}")
+    config = load("--config", off, *argv)
+    assert config.data.shuffle is shuffle and config.seed == seed
+
+
+def test_a_section_in_one_value():
+    assert parse_section(Data, "path=a b, kind=words", "reference") == Data(path="a b", kind="words")
+    for text, message in (
+        ("pth=a", "reference: unknown key 'pth'; did you mean 'path'?"),
+        ("kind=sum", "reference: kind: expected one of sums, words, got 'sum'"),
+        ("kind", "reference: 'kind' is not key=value; keys are path, kind, shuffle"),
+        ("", "reference: '' is not key=value; keys are path, kind, shuffle"),
+    ):
+        with pytest.raises(ValueError) as error:
+            parse_section(Data, text, "reference")
+        assert str(error.value) == message
+    with pytest.raises(ValueError, match=r"^rollout.group_size must be at least 2, got 1$"):
+        parse_section(Rollout, "group_size=1", "reference")
 
 
 @pytest.mark.parametrize(("text", "expected"), [("[a, 'b,c']", ("a", "b,c")), ("a", ("a",)), ("", ()), ("[]", ())])
@@ -161,6 +195,8 @@ def test_effective_config_loads_back(tmp_path: Path):
         (["rollout.stop=a,b"], "rollout.stop: expected a list [A, B, ...], each a string, got 'a,b'"),
         (["seed"], "seed has no value: write seed=VALUE"),
         (["--seed", "--lr", "3"], "seed has no value: write --seed=VALUE"),
+        (["data.shuffle"], "data.shuffle has no value: write data.shuffle=VALUE"),  # without --, more likely a slip
+        (["--data.shuffle", "maybe"], "'maybe' is not key=value; --help lists the keys"),
         (["--config"], "config has no value: write --config=VALUE"),
         (["train"], "'train' is not key=value; --help lists the keys"),
         (["data=x"], "data is a section, not a value; it holds data.path, data.kind, data.shuffle"),
@@ -209,6 +245,20 @@ def test_user_error_is_one_line_and_status_2(capsys: pytest.CaptureFixture[str])
         raise ValueError("first\n  second")
     assert stop.value.code == 2
     assert capsys.readouterr().err == "dsm-train grpo: first second\n"
+
+
+def test_the_first_rank_of_a_machine_speaks_for_all(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    said = []
+    monkeypatch.setattr(cli.time, "sleep", lambda seconds: said.append(capsys.readouterr().err))
+    for rank, waits in (("0", []), ("1", [""])):  # the second has said nothing until it has waited to be ended
+        said.clear()
+        monkeypatch.setenv("LOCAL_RANK", rank)
+        with pytest.raises(SystemExit) as stop, user_errors("dsm-train grpo"):
+            raise ValueError("wrong")
+        assert stop.value.code == 2 and said == waits
+        assert capsys.readouterr().err == "dsm-train grpo: wrong\n"
 
 
 def test_other_errors_keep_their_traceback():

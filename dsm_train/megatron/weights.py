@@ -161,11 +161,12 @@ def difference_of_copies(
             groups.append(parallel.groups.tp)
         if chunks[0].share_embeddings_and_output_weights and name in VOCABULARY_WEIGHTS:
             groups.append(parallel.groups.embd)
+        mine = value(parameter).detach().float()
         for group in groups:
-            high, low = (value(parameter).detach().to(torch.float32, copy=True) for _ in range(2))
-            dist.all_reduce(high, dist.ReduceOp.MAX, group=group)
-            dist.all_reduce(low, dist.ReduceOp.MIN, group=group)
-            largest = torch.maximum(largest, (high - low).max().float().cpu())
+            if group.size() > 1:
+                extremes = torch.stack([mine, -mine])  # the largest, and the smallest turned round
+                dist.all_reduce(extremes, dist.ReduceOp.MAX, group=group)
+                largest = torch.maximum(largest, extremes.sum(0).max().cpu())
     return float(parallel.all_reduce(largest, dist.ReduceOp.MAX))
 
 

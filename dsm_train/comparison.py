@@ -1,0 +1,179 @@
+"""Two runs of one optimizer step compared: loss, gradient norm, every gradient, updated weights; and a table of it."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from triton_kernels import LossStats
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one optimizer step did; tensors are full, by canonical name, on the main rank's CPU."""
+
+    loss: float
+    terms: float
+    """Sum of the absolute terms of the loss, by which a difference of losses is judged: they may cancel."""
+    grad_norm: float
+    gradient: dict[str, Tensor]
+    before: dict[str, Tensor]
+    """Weights before the update."""
+    after: dict[str, Tensor]
+    """Weights after it."""
+    apart: float
+    """The largest difference between two ranks' copies of the same gradient or weight; copies are equal to the bit."""
+    stats: LossStats
+    num_responses: int
+    num_tokens: int
+    near_edge: int
+    """Tokens whose ratio is so close to where it clips that rounding may decide."""
+
+
+@dataclass(frozen=True)
+class Tolerance:
+    """How far two layouts may be apart."""
+
+    relative: float
+    """Of loss, gradient norm and gradients, relative to their sizes."""
+    counted: float
+    """A weight counts where its gradient is above this share of the tensor's typical one."""
+    edge: float
+    """A ratio within this of where it clips may fall on either side."""
+
+
+TOLERANCES = {"fp32": Tolerance(1e-5, 1e-3, 1e-4), "bf16": Tolerance(3e-2, 0.3, 1e-2)}
+UPDATE_TOLERANCE = 1e-3
+
+
+@dataclass(frozen=True)
+class Line:
+    """One quantity in both layouts."""
+
+    name: str
+    here: float
+    there: float
+    difference: float
+    tolerance: float
+    worst: str = ""
+    """The weight that differs most."""
+
+    @property
+    def holds(self) -> bool:
+        """Whether the difference is within the tolerance; NaN is not."""
+        return self.difference <= self.tolerance
+
+
+def compare(here: Step, there: Step, tolerance: Tolerance) -> list[Line]:
+    """A line per quantity; gradients by kind of weight, with the worst tensor of each."""
+    assert here.gradient.keys() == there.gradient.keys(), here.gradient.keys() ^ there.gradient.keys()
+    limit = tolerance.relative
+    lines = [
+        Line("loss", here.loss, there.loss, _ratio(abs(here.loss - there.loss), there.terms), limit),
+        Line(
+            "gradient norm",
+            here.grad_norm,
+            there.grad_norm,
+            _ratio(abs(here.grad_norm - there.grad_norm), there.grad_norm),
+            limit,
+        ),
+    ]
+    kinds: dict[str, list[str]] = {}
+    for name in there.gradient:
+        kinds.setdefault(_kind(name), []).append(name)
+    for kind, names in kinds.items():
+        differences = {name: gradient_difference(here.gradient[name], there.gradient[name]) for name in names}
+        ours, theirs = (float(sum(_norm(step.gradient[name]) ** 2 for name in names)) ** 0.5 for step in (here, there))
+        worst = _largest(differences)
+        lines.append(Line(f"gradient {kind}", ours, theirs, differences[worst], limit, worst))
+    updates = {name: update_difference(name, here, there, tolerance.counted) for name in there.gradient}
+    worst = _largest(updates)
+    ours, theirs = (float(_rms(step.after[worst] - step.before[worst])) for step in (here, there))
+    lines.append(Line("updated weights", ours, theirs, updates[worst], UPDATE_TOLERANCE, worst))
+    apart = float(torch.tensor([here.apart, there.apart]).max())  # NaN, if either is
+    lines.append(Line("copies on several ranks", here.apart, there.apart, apart, 0.0))
+    return lines
+
+
+def gradient_difference(here: Tensor, there: Tensor) -> float:
+    """Relative Frobenius norm of the difference; rows that only pad one layout's vocabulary must be 0."""
+    rows = max(len(here), len(there))
+    here, there = (_padded(value, rows) for value in (here, there))
+    return _ratio(float(_norm(here - there)), float(_norm(there)))
+
+
+def update_difference(name: str, here: Step, there: Step, counted: float) -> float:
+    """The largest difference of a weight after the update, less its last digit, relative to the largest update.
+
+    Only where the gradient is above `counted` of its typical size, or exactly 0 in both: Adam's first step is the
+    gradient's sign, and the sign of what should be 0 is rounding.
+    """
+    rows = min(len(here.after[name]), len(there.after[name]))
+    ours, theirs, before, slope, gradient = (
+        tensors[name][:rows].double()
+        for tensors in (here.after, there.after, there.before, here.gradient, there.gradient)
+    )
+    matters = (gradient.abs() > counted * _rms(gradient)) | ((slope == 0) & (gradient == 0))
+    if not matters.any():
+        return 0.0
+    digit = torch.maximum(ours.abs(), theirs.abs()) * torch.finfo(there.after[name].dtype).eps
+    beyond = ((ours - theirs).abs() - digit).clamp(min=0)[matters].max()
+    return _ratio(float(beyond), float((theirs - before)[matters].abs().max()))
+
+
+def table(lines: Sequence[Line], here: Step, there: Step, here_name: str, there_name: str) -> str:
+    """The comparison for people, ending with its verdict."""
+    rows = [["", here_name, there_name, "difference", "tolerance", ""]]
+    for line in lines:
+        values = [f"{line.here:.6g}", f"{line.there:.6g}", f"{line.difference:.1e}", f"{line.tolerance:.0e}"]
+        worst = line.worst if line.difference else ""
+        rows.append([line.name, *values, worst if line.holds else f"DIFFERS {worst}"])
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    text = []
+    for name, *values, remark in rows:
+        cells = [name.ljust(widths[0]), *(x.rjust(w) for x, w in zip(values, widths[1:-1], strict=True)), remark]
+        text.append("  ".join(cells).rstrip())
+    stats = there.stats
+    share = {name: float(stats.mean(name)) for name in ("clipped_low", "clipped_high", "kl", "entropy")}
+    text.append(
+        f"{there.num_responses} responses, {there.num_tokens} tokens; clipped {share['clipped_low']:.1%} low, "
+        f"{share['clipped_high']:.1%} high; KL {share['kl']:.4g}, entropy {share['entropy']:.4g}; "
+        f"sum of the loss's absolute terms {there.terms:.6g}"
+    )
+    if near := max(here.near_edge, there.near_edge):
+        text.append(f"{near} tokens have a ratio at the very edge of the clip range, where rounding decides")
+    wrong = [line.name for line in lines if not line.holds]
+    text.append(f"FAIL: {', '.join(wrong)}" if wrong else f"PASS: the same step as {there_name}")
+    return "\n".join(text)
+
+
+def _kind(name: str) -> str:
+    """A weight's name without its layer: one class of parameters."""
+    return re.sub(r"^decoder\.(layers\.\d+\.)?", "", name).removesuffix(".weight")
+
+
+def _norm(value: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(value, dtype=torch.float64)
+
+
+def _rms(value: Tensor) -> Tensor:
+    return _norm(value) / max(1, value.numel()) ** 0.5
+
+
+def _ratio(difference: float, size: float) -> float:
+    """difference / size; 0 where there is no difference, infinity where there is one of nothing."""
+    return difference / size if size else (0.0 if difference == 0 else float("inf"))
+
+
+def _largest(differences: dict[str, float]) -> str:
+    """The name of the largest difference; NaN is larger than any."""
+    return max(differences, key=lambda name: (math.isnan(differences[name]), differences[name]))
+
+
+def _padded(value: Tensor, rows: int) -> Tensor:
+    return torch.cat([value, value.new_zeros(rows - len(value), *value.shape[1:])])

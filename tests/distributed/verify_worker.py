@@ -1,0 +1,260 @@
+"""One rank of `test_verify.py`: replays the made-up batch in every layout, with and without something wrong.
+
+python verify_worker.py RANK WORLD_SIZE STORE OUT CASE...
+
+A world of one rank writes the rollouts and the reference steps; larger ones compare with them, and the main rank writes
+the lines of each comparison to CASE.json.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import traceback
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from dsm_train.comparison import TOLERANCES, Step, compare
+from dsm_train.config import AlgorithmConfig, ModelConfig, OptimConfig, ParallelConfig, RunConfig, SamplingConfig
+from dsm_train.data.source import Tasks
+from dsm_train.data.tokenizer import train_tokenizer
+from dsm_train.grpo import algorithm
+from dsm_train.megatron import parallel, weights
+from dsm_train.megatron.step import Head, Loss, TrainableModel
+from dsm_train.packing import MicroBatch
+from dsm_train.rollout.synthetic import offset_logprobs, synthetic_rollouts
+from dsm_train.run import Prepared
+from dsm_train.stages import VerifyStepConfig
+from dsm_train.types import Rollouts
+from dsm_train.verify import Job, half_budget, replay
+from triton_kernels import LossOutput
+
+# Not tests/tiny.py's: importing it takes longer than all that is done here.
+MODEL = ModelConfig(num_layers=4, hidden_size=32, num_heads=4, num_kv_heads=2, ffn_size=48, max_length=80, init_std=0.3)
+MODELS = {
+    "plain": MODEL,
+    "tied": replace(MODEL, tied_head=True),
+    "recompute": replace(MODEL, recompute=True),
+    "grouped": replace(MODEL, num_heads=8, num_kv_heads=4),  # heads for tp 4
+}
+OPTIM = OptimConfig(lr=1e-3, weight_decay=0.1)
+ALL_TERMS = AlgorithmConfig(entropy_coef=0.01)
+ALGORITHMS = {
+    "response": ALL_TERMS,
+    "token": replace(ALL_TERMS, average="token"),
+    "fixed": replace(ALL_TERMS, average="fixed", scale="none"),
+    "sequence": replace(ALL_TERMS, preset="gspo", kl_coef=0.04),
+    "cispo": replace(ALL_TERMS, preset="cispo", scale="batch"),
+    # Neither KL nor entropy: groups without spread are left out, and a replica may be left with nothing.
+    "idle": AlgorithmConfig(preset="dapo"),
+}
+WHOLE = 10_000
+"""A token budget that holds the whole batch in one micro-batch."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """A layout, and what is done in it."""
+
+    layout: ParallelConfig = field(default_factory=ParallelConfig)
+    model: str = "plain"
+    algorithm: str = "response"
+    max_tokens: int = 90
+    shuffle: bool = False
+    fault: str = ""
+
+    @property
+    def reference(self) -> str:
+        """The name of the step to compare with."""
+        # A loss divided by the number of micro-batches would be so in the reference layout as well.
+        return "-".join([self.model, self.algorithm, *(["divided"] if self.fault == "divided" else [])])
+
+
+TP, SP, PP, VPP = (ParallelConfig(**k) for k in ({"tp": 2}, {"tp": 2, "sp": True}, {"pp": 2}, {"pp": 2, "vpp": 2}))
+DP, UNBALANCED = ParallelConfig(), ParallelConfig(balance=False)
+DISTRIBUTED = ParallelConfig(distributed_optimizer=True)
+TP_PP, SP_VPP = replace(TP, pp=2), replace(SP, pp=2, vpp=2)
+TWO_RANKS = {
+    **{name: Case(layout) for name, layout in (("tp", TP), ("sp", SP), ("pp", PP), ("vpp", VPP), ("dp", DP))},
+    "dp_silent": Case(UNBALANCED),  # the second replica's groups have no token
+    "dp_overlap": Case(replace(DP, overlap=True)),
+    "dp_distributed": Case(DISTRIBUTED),
+    "dp_distributed_overlap_silent": Case(replace(DISTRIBUTED, overlap=True, balance=False)),
+    "tp_tied": Case(SP, "tied"),
+    "pp_tied": Case(PP, "tied"),
+    "dp_tied": Case(DISTRIBUTED, "tied"),
+    "sp_recompute": Case(SP, "recompute"),
+    "vpp_recompute": Case(VPP, "recompute"),
+    **{
+        f"{name}_{algorithm}": Case(layout, algorithm=algorithm)
+        for name, layout in (("sp", SP), ("pp", PP), ("dp", DP), ("dp_silent", UNBALANCED))
+        for algorithm in ALGORITHMS
+        if algorithm != "response"
+    },
+    **{
+        f"{name}_{what}": Case(layout, max_tokens=max_tokens, shuffle=what == "shuffled")
+        for name, layout in (("tp", TP), ("vpp", VPP), ("dp", DP))
+        for what, max_tokens in (("whole", WHOLE), ("shuffled", 72))
+    },
+}
+FOUR_RANKS = {
+    "tp_pp": Case(TP_PP),
+    "sp_vpp": Case(SP_VPP),
+    "sp_vpp_sequence": Case(SP_VPP, "recompute", "sequence", shuffle=True),
+    "sp_dp": Case(replace(SP, distributed_optimizer=True, overlap=True)),
+    "pp_dp_silent": Case(replace(VPP, distributed_optimizer=True, balance=False), "tied", "token"),
+    "tp4_sp": Case(ParallelConfig(tp=4, sp=True), "grouped"),  # the last shard of the vocabulary is padding alone
+    "dp4_silent": Case(replace(DISTRIBUTED, balance=False), algorithm="idle"),
+}
+CLASSES = {
+    "norm": "norm",
+    "embedding": "embedding",
+    "head": "output_layer",
+    "projection": "decoder.layers.1.self_attention.linear_proj.weight",
+}
+FAULTS = ("rank", *CLASSES, "divided", "idle", "rate")
+FAULTY = {
+    2: {"tp": TP, "sp": SP, "pp": PP, "vpp": VPP, "dp": DP, "dp_silent": UNBALANCED, "dp_distributed": DISTRIBUTED},
+    4: {"tp_pp": TP_PP},
+}
+
+
+def cases(world: int) -> dict[str, Case]:
+    """What is to pass on this many ranks, and what is not."""
+    sound = {2: TWO_RANKS, 4: FOUR_RANKS}[world]
+    faulty = {
+        f"{name}!{fault}": Case(layout, fault=fault, max_tokens=WHOLE)
+        for name, layout in FAULTY[world].items()
+        for fault in (*FAULTS, *(["share"] if name in ("dp", "dp_distributed") else []))
+    }
+    return sound | faulty
+
+
+class Tampered(TrainableModel):
+    """A model with something wrong in its step: the case's fault."""
+
+    fault = ""
+
+    def forward_backward(self, micro_batches: Sequence[MicroBatch], loss: Loss) -> list[LossOutput]:
+        """`divided`: the mean over micro-batches. Otherwise something of the gradient is 1 % too large.
+
+        `share`: rank 1's own, before it is summed over replicas. `rank`: rank 1's, afterwards. Or a class of weights'.
+        """
+        second = self.parallel.rank == 1
+
+        def wrong(head: Head, batch: MicroBatch) -> LossOutput:
+            out = loss(head, batch)
+            if self.fault == "divided":
+                return replace(out, loss=out.loss / len(micro_batches))
+            extra = 0.01 * (out.loss - out.loss.detach()) if self.fault == "share" and second else 0.0
+            return replace(out, loss=out.loss + extra)
+
+        outputs = super().forward_backward(micro_batches, wrong)
+        for name, parameter in weights.named_weights(self.chunks):
+            if (self.fault == "rank" and second) or (self.fault in CLASSES and CLASSES[self.fault] in name):
+                weights.gradient(parameter).mul_(1.01)
+        return outputs
+
+    def optimizer_step(self) -> float:
+        """`idle`: nothing is updated."""
+        if self.fault != "idle":
+            return super().optimizer_step()
+        self.optimizer.prepare_grads()
+        return float(self.optimizer.get_grad_norm())
+
+
+def job_of(case: Case) -> Job:
+    """The case as `verify-step` would have it."""
+    config = VerifyStepConfig(
+        run=RunConfig(max_tokens=case.max_tokens),
+        model=MODELS[case.model],
+        parallel=case.layout,
+        synthetic=True,
+        algorithm=ALGORITHMS[case.algorithm],
+        sampling=SamplingConfig(temperature=0.9, max_new_tokens=60),
+        optim=replace(OPTIM, lr=OPTIM.lr * 1.01) if case.fault == "rate" else OPTIM,
+    )
+    # 258 tokens: a vocabulary that is padded in every layout, and differently.
+    prepared = Prepared(config, Tasks((), ()), train_tokenizer(["a"], 258))
+    return Job(prepared, config, algorithm(config.algorithm), None)
+
+
+def step(case: Case, layout: parallel.Parallel, rollouts: Rollouts, max_tokens: int) -> Step | None:
+    """The case's step in this layout."""
+    job = job_of(case)
+    run = job.run(layout, max_tokens)
+    vocab_size = run.tokenizer.vocab_size
+    model = Tampered(job.config.model, vocab_size, run.chunks(), layout, job.config.optim, 1)
+    model.fault = case.fault
+    return replay(run, model, job.algorithm, rollouts, shuffle=case.shuffle)
+
+
+def make_references(layout: parallel.Parallel, out: Path) -> None:
+    """Rollouts for each model, scored by it, and each reference step, on one rank."""
+    every = [*cases(2).values(), *cases(4).values()]
+    for name in MODELS:
+        run = job_of(Case(model=name)).run(layout)
+        bare = synthetic_rollouts(run.tokenizer.vocab_size, MODEL.max_length, seed=0)
+        logprob_T = run.model().logprobs(run.pack(bare.sequences), bare.sequences.response_token_T.numel(), 0.9)
+        torch.save(offset_logprobs(bare, logprob_T, seed=0), out / f"rollouts-{name}.pt")
+    for case in {case.reference: case for case in every}.values():
+        rollouts = torch.load(out / f"rollouts-{case.model}.pt", weights_only=False)
+        fault = "divided" if case.fault == "divided" else ""
+        alone = replace(case, layout=ParallelConfig(), fault=fault, shuffle=False)
+        torch.save(step(alone, layout, rollouts, half_budget(rollouts, WHOLE)), out / f"reference-{case.reference}.pt")
+
+
+def check(name: str, case: Case, layout: parallel.Parallel, out: Path) -> None:
+    """Compare the case's step with its reference; the main rank writes the lines."""
+    rollouts = torch.load(out / f"rollouts-{case.model}.pt", weights_only=False)
+    here = step(case, layout, rollouts, case.max_tokens)
+    if here is not None:
+        there = torch.load(out / f"reference-{case.reference}.pt", weights_only=False)
+        lines = compare(here, there, TOLERANCES["fp32"])
+        (out / f"{name}.json").write_text(json.dumps([asdict(line) | {"holds": line.holds} for line in lines]))
+
+
+def shared_store(file: Path, rank: int, world: int) -> dist.Store:
+    """A TCP store, whose port the first rank tells in a file: the ranks ask it often, which a file store is slow at."""
+    files = dist.FileStore(str(file), world)
+    if rank > 0:
+        return dist.TCPStore("127.0.0.1", int(files.get("port")), world, wait_for_workers=False)
+    store = dist.TCPStore("127.0.0.1", 0, world, is_master=True, wait_for_workers=False)
+    files.set("port", str(store.port))
+    return store
+
+
+def main() -> None:
+    rank, world, out = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[4])
+    torch.set_num_threads(1)
+    if world == 1:
+        layout = parallel.start(ParallelConfig(), seed=0, alone=True)
+        make_references(layout, out)
+        return
+    store = shared_store(Path(sys.argv[3]), rank, world)
+    layouts: dict[ParallelConfig, list[str]] = {}
+    for name, case in cases(world).items():
+        layouts.setdefault(case.layout, []).append(name)
+    for number, (config, names) in enumerate(layouts.items()):
+        place = dist.PrefixStore(str(number), store)
+        dist.init_process_group("gloo", store=place, rank=rank, world_size=world)
+        layout = parallel.start(config, seed=0)
+        for name in names:
+            check(name, cases(world)[name], layout, out)
+        parallel.stop(layout)
+    store.set(f"done{rank}", "")
+    store.wait([f"done{other}" for other in range(world)])  # the first rank's end is the store's
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except BaseException:
+        traceback.print_exc()
+        # The other ranks wait in a collective: end without waiting for them.
+        sys.stderr.flush()
+        raise SystemExit(1) from None

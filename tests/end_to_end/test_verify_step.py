@@ -1,0 +1,131 @@
+"""Stage `verify-step` as a user starts it, and records of rollouts on their way through it."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from commands import GRPO, WARMUP, refused, run, write_sevens
+
+from dsm_train import comparison
+from dsm_train.comparison import TOLERANCES, Tolerance
+from dsm_train.megatron.parallel import Parallel
+from dsm_train.rollout.record import read_rollouts, write_rollouts
+from dsm_train.rollout.synthetic import offset_logprobs, synthetic_rollouts
+
+BATCH = (
+    *(argument for argument in GRPO if not argument.startswith(("steps", "algorithm.p", "algorithm.g"))),
+    "model.num_kv_heads=2",
+)
+"""The configuration of a run, for a stage that does not sample."""
+
+
+def torchrun(ranks: int, *command: str) -> subprocess.CompletedProcess[str]:
+    env = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+    return subprocess.run([*launcher, *command], capture_output=True, text=True, env=env, timeout=300)
+
+
+def lines(output: str) -> list[str]:
+    """The quantities of a table, in order."""
+    return [row.split("  ")[0] for row in output.splitlines() if row.count("  ") >= 4 and not row.startswith(" ")]
+
+
+def test_a_synthetic_step_on_two_ranks(tmp_path: Path) -> None:
+    result = torchrun(2, "-m", "dsm_train", "verify-step", *BATCH, "--synthetic", "parallel.tp=2", "--parallel.sp",
+                      "layers=1", f"run.out={tmp_path}")  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.split()[:3] == ["tp2-sp", "one", "rank"]
+    shown = lines(result.stdout)
+    assert shown[:3] == ["loss", "gradient norm", "gradient embedding.word_embeddings"]
+    assert shown[-2:] == ["updated weights", "copies on several ranks"]
+    assert "layers.0." in result.stdout and "layers.1." not in result.stdout  # the first layer alone
+    assert "32 responses, 1" in result.stdout and "clipped 0.0%" not in result.stdout
+    assert result.stdout.splitlines()[-1] == "PASS: the same step as one rank"
+
+
+def test_a_recorded_step_on_two_ranks(tmp_path: Path) -> None:
+    out, record = tmp_path / "run", tmp_path / "step.parquet"
+    data = (f"data.path={write_sevens(tmp_path / 'data.jsonl')}", "data.prompt_template={question}=")
+    recorded = torchrun(2, "-m", "dsm_train", "grpo", *GRPO, *WARMUP, *data, "warmup.steps=10", "model.num_kv_heads=2",
+                        f"run.out={out}", "algorithm.epochs=2", f"record={record}", "record_step=2")  # fmt: skip
+    assert recorded.returncode == 0, recorded.stderr
+    rollouts = read_rollouts(record)
+    assert rollouts.sequences.num_prompts == 4 and rollouts.sequences.num_responses == 16  # of both replicas
+    assert rollouts.old_logprob_T is not None and rollouts.ref_logprob_T is not None
+    assert len(set(rollouts.reward_S.tolist())) > 1
+
+    script = tmp_path / "exact.py"  # the stage with tolerances that rounding does not meet
+    script.write_text(
+        "import sys\nfrom dsm_train import __main__, comparison\n"
+        "if sys.argv.pop(1) == 'exact':\n"
+        "    comparison.TOLERANCES['fp32'] = comparison.Tolerance(0.0, 1e-3, 1e-4)\n"
+        "__main__.main(sys.argv[1:])\n"
+    )
+    for mode, options, title, status in (
+        ("usual", ["--shuffle", "reference_layout=tp=2,sp=true"], ["dp2", "tp2-sp"], 0),
+        ("exact", [], ["dp2", "one"], 1),
+    ):
+        result = torchrun(2, str(script), mode, "verify-step", *BATCH, f"batch={record}", f"run.init={out / 'weights'}",
+                          *data, *options, f"run.out={out}")  # fmt: skip
+        assert result.returncode == status, result.stderr
+        assert result.stdout.split()[:2] == title and "16 responses" in result.stdout
+        verdict = result.stdout.splitlines()[-1]
+        assert verdict == "PASS: the same step as tp2-sp" if status == 0 else verdict.startswith("FAIL: ")
+
+
+def test_one_rank_and_a_difference(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = (*BATCH, "--synthetic", f"run.out={tmp_path}", "algorithm.preset=gspo")
+    run("verify-step", *arguments)
+    assert "PASS" in capsys.readouterr().out
+    monkeypatch.setitem(TOLERANCES, "fp32", Tolerance(0.0, 1e-3, 1e-4))
+    with pytest.raises(SystemExit) as end:
+        run("verify-step", *arguments)
+    table = capsys.readouterr().out
+    assert end.value.code == 1 and "DIFFERS decoder.layers." in table
+    assert table.splitlines()[-1].startswith("FAIL: ") and "updated weights" not in table.splitlines()[-1]
+    assert comparison.TOLERANCES is TOLERANCES
+
+
+def test_what_cannot_be_verified_is_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], layout: Parallel
+) -> None:
+    bare = synthetic_rollouts(258, 30, seed=0)
+    whole = offset_logprobs(bare, bare.rollout_logprob_T, seed=0)
+    batches = {
+        "foreign": synthetic_rollouts(5000, 30, seed=0),
+        "long": synthetic_rollouts(258, 90, seed=0),
+        "bare": bare,
+        "equal": whole.with_(reward_S=torch.full_like(whole.reward_S, 0.3)),
+        "unscored": replace(whole, reward_S=whole.reward_S[:0]),
+    }
+    paths = {name: tmp_path / f"{name}.parquet" for name in batches}
+    for name, batch in batches.items():
+        write_rollouts(paths[name], batch, layout)
+    for arguments, message in (
+        ([], "give one of batch=FILE, which dsm-train grpo record=FILE writes, and --synthetic"),
+        (["--synthetic", "batch=x"], "give one of batch=FILE"),
+        (["batch=nowhere"], "batch nowhere does not exist: record one with"),
+        ([f"batch={paths['foreign']}", "algorithm.kl_coef=0"], "and the tokenizer 258: give the configuration and run"),
+        ([f"batch={paths['long']}", "algorithm.kl_coef=0"], "has a sequence of 65 tokens: raise model.max_length = 64"),
+        ([f"batch={paths['bare']}"], "was recorded without a reference model: set algorithm.kl_coef=0"),
+        ([f"batch={paths['unscored']}"], "holds no rewards: record it"),
+        ([f"batch={paths['equal']}"], "teaches nothing, as the rewards of each group are all equal"),
+        (["--synthetic", "layers=3"], "layers = 3 is more than the model's 2"),
+        (["--synthetic", "layers=0"], "layers must be at least 1; got 0"),
+        (["--synthetic", "reference_layout=tp=2"], "parallel.tp x parallel.pp = 2 x 1 = 2 must divide the 1 rank(s)"),
+        (
+            ["--synthetic", "reference_layout=overlp=true"],
+            "reference_layout: unknown key 'overlp'; did you mean 'overlap'?",
+        ),
+        (["--synthetic", "sampling.temperature=0"], "sampling.temperature must be above 0"),
+    ):
+        line = refused(capsys, "verify-step", *BATCH, f"run.out={tmp_path}", *arguments)
+        assert line.startswith("dsm-train verify-step: ") and message in line
