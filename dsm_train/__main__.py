@@ -78,7 +78,8 @@ def main(argv: list[str] | None = None) -> None:
         what = "is not built yet" if name in COMING else "is no stage"
         print(f"dsm-train: {name} {what}; stages that run: {' '.join(known)}", file=sys.stderr)
         raise SystemExit(2)
-    missing = [package for package in ("megatron", "tyro", "transformers") if importlib.util.find_spec(package) is None]
+    packages = ("megatron", "pyarrow", "transformers", "tyro")
+    missing = [package for package in packages if importlib.util.find_spec(package) is None]
     if missing:
         print(
             f"dsm-train: the trainer needs {', '.join(missing)}: pip install --no-build-isolation '.[train]'",

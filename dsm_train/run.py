@@ -147,8 +147,11 @@ class Prepared:
     tokenizer: Tokenizer
 
 
-def prepare(config: StageConfig, sampling: SamplingConfig) -> Prepared:
-    """Read what the stage works on and raise `ValueError` for what cannot work, before anything is started."""
+def prepare(config: StageConfig, sampling: SamplingConfig | None) -> Prepared:
+    """Read what the stage works on and raise `ValueError` for what cannot work, before anything is started.
+
+    sampling: how it answers the tasks; None: it does not.
+    """
     if config.run.init is not None:
         config = replace(config, model=weights.saved_model(config.run.init, config.model))
     tasks = load_tasks(config.data)
@@ -157,7 +160,8 @@ def prepare(config: StageConfig, sampling: SamplingConfig) -> Prepared:
     parallel.check_layout(config.parallel, config.model, vocab)
     if config.supervised is not None:
         check_batch(config.parallel, "the batch of supervised training", config.supervised.batch)
-    check_lengths(config, sampling, (*tasks.train, *tasks.heldout), tokenizer)
+    if sampling is not None:
+        check_lengths(config, sampling, (*tasks.train, *tasks.heldout), tokenizer)
     check_solutions(config, tasks, tokenizer)
     if config.run.init is not None:
         weights.check_vocabulary(config.run.init, tokenizer.vocab_size)

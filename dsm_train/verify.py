@@ -6,6 +6,7 @@ What a step did is gathered as full tensors by canonical name on the main rank, 
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import cast
@@ -87,7 +88,7 @@ def plan(config: VerifyStepConfig) -> tuple[Job, Rollouts]:
     if config.synthetic and config.algorithm.entropy_coef is None:
         config = replace(config, algorithm=replace(config.algorithm, entropy_coef=SYNTHETIC_ENTROPY))
     algo = algorithm(config.algorithm)
-    prepared = prepare(config, config.sampling)
+    prepared = prepare(config, None)
     config = replace(config, model=_first_layers(prepared.config.model, config.layers))
     reference = None
     if config.reference_layout is not None:
@@ -149,6 +150,7 @@ def step_there(job: Job, here: Parallel, rollouts: Rollouts) -> Step | None:
     parallel.stop(here, keep_ranks=job.reference is not None)
     if job.reference is None and not here.is_main:
         return None
+    gc.collect()  # the first model, which its configuration and its optimizer hold in a cycle
     layout = parallel.start(job.reference or ParallelConfig(), seed, alone=job.reference is None)
     run = job.run(layout, half_budget(rollouts, job.config.run.max_tokens))
     with layout.watchdog.failures():
@@ -180,14 +182,14 @@ def replay(
         order_S = torch.randperm(sequences.num_responses, generator=generator)
         sequences, rows = sequences.take(order_S), rows.take(sequences.rows_of(order_S))
     micro_batches = run.pack(sequences)
-    before = _copies(weights.gather_full(model.chunks, layout))
+    before = weights.gather_full(model.chunks, layout)
     loss = policy_loss(rows, algo.objective, config.sampling.temperature)
     outputs = model.forward_backward(micro_batches, loss)
-    gradient = _copies(model.gradients())
+    gradient = model.gradients()
     apart = [weights.difference_of_copies(model.chunks, layout, weights.gradient)]
     grad_norm = model.optimizer_step()
     apart.append(weights.difference_of_copies(model.chunks, layout))
-    after = _copies(weights.gather_full(model.chunks, layout))
+    after = weights.gather_full(model.chunks, layout)
     total, stats = whole_step(outputs, layout)
     measured = measure(outputs, micro_batches, rows, algo.objective, TOLERANCES[config.model.dtype].edge, layout)
     terms, near_edge = layout.all_reduce(measured).tolist()
@@ -256,10 +258,6 @@ def measure(
             near_T |= (log_ratio_T.exp() - limit).abs() < edge
         totals += torch.stack([terms.double(), (near_T & (r.advantage_T != 0)).sum().double()])
     return totals
-
-
-def _copies(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: value.clone() for name, value in tensors.items()}
 
 
 def _first_layers(model: ModelConfig, layers: int | None) -> ModelConfig:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from datetime import timedelta
 
 import pytest
 import torch
 
 from dsm_train.config import ParallelConfig
 from dsm_train.megatron import parallel, platform
+from dsm_train.megatron.parallel import Parallel
 from triton_kernels import implementations
 
 without_cuda = pytest.mark.skipif(torch.cuda.is_available(), reason="CUDA present: nothing is adapted")
@@ -120,3 +122,9 @@ def test_the_four_complete_ops_are_cpp_on_the_cpu() -> None:
     table = implementations()
     for name in ("group_advantage", "token_kl", "grpo_loss", "group_grpo_loss"):
         assert table[name]["cpu"] == "C++"
+
+
+def test_collectives_of_all_groups_give_up_after_the_watchdog(layout: Parallel) -> None:
+    groups = (layout.groups.tp, layout.groups.pp, layout.groups.dp, layout.groups.embd)
+    timeouts = [group._get_backend(torch.device("cpu")).options._timeout for group in groups]
+    assert timeouts == [timedelta(minutes=16)] * 4  # 1.5 x parallel.timeout_minutes + 1; the watchdog's are 10

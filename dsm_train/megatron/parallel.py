@@ -182,6 +182,7 @@ def start(config: ParallelConfig, seed: int, *, alone: bool = False) -> Parallel
         pipeline_model_parallel_size=config.pp,
         virtual_pipeline_model_parallel_size=config.vpp if config.vpp > 1 else None,
         create_gloo_process_groups=False,
+        distributed_timeout_minutes=_collectives_minutes(config),  # type: ignore[arg-type] (a timedelta takes a float)
     )
     tensor_parallel.model_parallel_cuda_manual_seed(seed + 1)
     groups = ProcessGroupCollection.use_mpu_process_groups()
@@ -202,8 +203,7 @@ def _join(config: ParallelConfig, alone: bool) -> None:
     try:
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if cuda else "gloo",
-            # Longer than the watchdog's, whose line says which rank is waited for.
-            timeout=timedelta(minutes=1.5 * config.timeout_minutes + 1),
+            timeout=timedelta(minutes=_collectives_minutes(config)),
             **world,
         )
     except dist.DistStoreError as error:
@@ -211,6 +211,11 @@ def _join(config: ParallelConfig, alone: bool) -> None:
             f"not all of the {world_size()} ranks came to {os.environ.get('MASTER_ADDR')}:"
             f"{os.environ.get('MASTER_PORT')} in time: start the same command on every node"
         ) from error
+
+
+def _collectives_minutes(config: ParallelConfig) -> float:
+    """When collectives give up by themselves: after the watchdog, whose line says which rank is waited for."""
+    return 1.5 * config.timeout_minutes + 1
 
 
 def _watchdog(config: ParallelConfig) -> Watchdog:

@@ -47,8 +47,12 @@ def enable() -> bool:
         warnings.simplefilter("ignore")
         for name in _PATCHED_MODULES:
             importlib.import_module(name)
+    # It calls collectives by names that torch has deprecated since, and asks the optimizer's shards for gradients.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed\.")
+    warnings.filterwarnings("ignore", message=r"The \.grad attribute of a Tensor", module=r"megatron\.")
     if torch.cuda.is_available():
         return False
+    warnings.filterwarnings("ignore", message=".*CUDA_DEVICE_MAX_CONNECTIONS", module=r"megatron\.")
     from megatron.core.optimizer import clip_grads, distrib_optimizer, optimizer
     from megatron.core.tensor_parallel import random as megatron_random
 

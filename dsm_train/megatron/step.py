@@ -247,8 +247,8 @@ class TrainableModel(Model):
             return
         for module in self.modules:
             for bucket in (bucket for buffer in module.buffers for bucket in buffer.buckets):
-                mine = bucket.grad_data.chunk(self.parallel.dp_size)[self.parallel.dp_rank].clone()
-                dist.all_gather_into_tensor(bucket.grad_data, mine, group=self.parallel.groups.dp)
+                shards = list(bucket.grad_data.chunk(self.parallel.dp_size))
+                dist.all_gather(shards, shards[self.parallel.dp_rank].clone(), group=self.parallel.groups.dp)
 
     def optimizer_step(self) -> float:
         """Clip, update, advance the schedule; returns the global gradient norm before clipping.

@@ -123,6 +123,7 @@ def gather_full(
     for stage in range(1, stages.size()):
         source = dist.get_process_group_ranks(stages)[stage]
         for name, (shape, dtype) in shapes[stage].items():
+            parallel.watchdog.beat()
             if parallel.is_main:
                 whole[name] = torch.empty(shape, dtype=dtype)
                 dist.recv(whole[name], src=source, group=stages)
@@ -133,6 +134,7 @@ def gather_full(
 
 def _whole(name: str, parameter: torch.nn.Parameter, part: Tensor, parallel: Parallel) -> Tensor:
     """A weight put together from the tensor-parallel ranks' parts, on the CPU: the inverse of `shard`."""
+    parallel.watchdog.beat()  # a large model takes its time
     group = parallel.groups.tp
     if group.size() == 1 or not getattr(parameter, "tensor_model_parallel", False):
         return part.detach().to("cpu", copy=True).contiguous()  # the weight itself goes on changing
@@ -156,6 +158,7 @@ def difference_of_copies(
     """
     largest = torch.zeros(())
     for name, parameter in named_weights(chunks):
+        parallel.watchdog.beat()
         groups = [parallel.groups.dp]
         if not getattr(parameter, "tensor_model_parallel", False):
             groups.append(parallel.groups.tp)

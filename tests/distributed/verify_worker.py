@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import sys
-import traceback
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -74,7 +73,8 @@ class Case:
         return "-".join([self.model, self.algorithm, *(["divided"] if self.fault == "divided" else [])])
 
 
-TP, SP, PP, VPP = (ParallelConfig(**k) for k in ({"tp": 2}, {"tp": 2, "sp": True}, {"pp": 2}, {"pp": 2, "vpp": 2}))
+TP, SP = ParallelConfig(tp=2), ParallelConfig(tp=2, sp=True)
+PP, VPP = ParallelConfig(pp=2), ParallelConfig(pp=2, vpp=2)
 DP, UNBALANCED = ParallelConfig(), ParallelConfig(balance=False)
 DISTRIBUTED = ParallelConfig(distributed_optimizer=True)
 TP_PP, SP_VPP = replace(TP, pp=2), replace(SP, pp=2, vpp=2)
@@ -91,10 +91,11 @@ TWO_RANKS = {
     "vpp_recompute": Case(VPP, "recompute"),
     **{
         f"{name}_{algorithm}": Case(layout, algorithm=algorithm)
-        for name, layout in (("sp", SP), ("pp", PP), ("dp", DP), ("dp_silent", UNBALANCED))
+        for name, layout in (("sp", SP), ("dp_silent", UNBALANCED))
         for algorithm in ALGORITHMS
         if algorithm != "response"
     },
+    **{f"dp_{algorithm}": Case(DP, algorithm=algorithm) for algorithm in ("idle", "sequence")},
     **{
         f"{name}_{what}": Case(layout, max_tokens=max_tokens, shuffle=what == "shuffled")
         for name, layout in (("tp", TP), ("vpp", VPP), ("dp", DP))
@@ -116,10 +117,19 @@ CLASSES = {
     "head": "output_layer",
     "projection": "decoder.layers.1.self_attention.linear_proj.weight",
 }
-FAULTS = ("rank", *CLASSES, "divided", "idle", "rate")
-FAULTY = {
-    2: {"tp": TP, "sp": SP, "pp": PP, "vpp": VPP, "dp": DP, "dp_silent": UNBALANCED, "dp_distributed": DISTRIBUTED},
-    4: {"tp_pp": TP_PP},
+ANYWHERE = ("divided", "idle", "rate")
+"""What is wrong with the whole step, in any layout alike."""
+FAULTY: dict[int, dict[str, tuple[ParallelConfig, tuple[str, ...]]]] = {
+    2: {
+        "tp": (TP, ("rank", *CLASSES)),
+        "sp": (SP, ("rank",)),
+        "pp": (PP, ("rank", *CLASSES, *ANYWHERE)),
+        "vpp": (VPP, ("rank",)),
+        "dp": (DP, ("rank", "share")),
+        "dp_silent": (UNBALANCED, ("rank",)),
+        "dp_distributed": (DISTRIBUTED, ("rank", "share", *CLASSES, *ANYWHERE)),
+    },
+    4: {"tp_pp": (TP_PP, ("rank", *CLASSES))},
 }
 
 
@@ -128,8 +138,8 @@ def cases(world: int) -> dict[str, Case]:
     sound = {2: TWO_RANKS, 4: FOUR_RANKS}[world]
     faulty = {
         f"{name}!{fault}": Case(layout, fault=fault, max_tokens=WHOLE)
-        for name, layout in FAULTY[world].items()
-        for fault in (*FAULTS, *(["share"] if name in ("dp", "dp_distributed") else []))
+        for name, (layout, faults) in FAULTY[world].items()
+        for fault in faults
     }
     return sound | faulty
 
@@ -251,10 +261,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except BaseException:
-        traceback.print_exc()
-        # The other ranks wait in a collective: end without waiting for them.
-        sys.stderr.flush()
-        raise SystemExit(1) from None
+    main()

@@ -47,6 +47,13 @@ def run_apart(stage: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, env=env, timeout=300)
 
 
+def torchrun(ranks: int, *command: str) -> subprocess.CompletedProcess[str]:
+    """A script, or `-m` and a module, on several ranks of this machine, over gloo."""
+    env = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+    return subprocess.run([*launcher, *command], capture_output=True, text=True, env=env, timeout=300)
+
+
 def refused(capsys: pytest.CaptureFixture[str], stage: str, *arguments: str, has_begun: bool = False) -> str:
     """The only line that a stage prints on stderr as it ends with an error; before its start-up table, or after."""
     capsys.readouterr()
