@@ -55,12 +55,14 @@ class ModelConfig:
     """Type of weights and activations; statistics and accumulation are fp32 in any case."""
     layers: Literal["auto", "local", "transformer_engine"] = "auto"
     """Layer implementation; auto takes Transformer Engine where it is installed and the device is CUDA."""
+    logits_mib: int | None = None
+    """Memory that the logits of a chunk of tokens may take on a rank, in MiB; none: 64 on the CPU, 2048 on a GPU."""
     recompute: bool = False
     """Recompute activations of every layer in the backward pass: less memory, a third more compute."""
 
     def __post_init__(self) -> None:
         _at_least(1, self, "model.", "num_layers", "hidden_size", "num_heads", "num_kv_heads", "head_size")
-        _at_least(1, self, "model.", "ffn_size", "max_length", "vocab_multiple")
+        _at_least(1, self, "model.", "ffn_size", "max_length", "vocab_multiple", "logits_mib")
         require(
             self.num_heads % self.num_kv_heads == 0,
             "model.num_heads",

@@ -72,6 +72,7 @@ def policy_loss(rows: Rows, objective: Objective, temperature: float) -> Callabl
             batch.response_cu,
             objective,
             temperature=temperature,
+            workspace_bytes=head.workspace_bytes,
             tp_group=head.tp_group,
             reduce_dx=head.reduce_dx,
         )
@@ -85,7 +86,12 @@ def supervised_loss(weight_T: Tensor) -> Loss:
     def loss(head: Head, batch: MicroBatch) -> LossOutput:
         weight = weight_T[batch.row_T].to(head.hidden_TD.device)
         logprob_T = linear_logprob(
-            head.hidden_TD, head.weight_VD, batch.target_T, tp_group=head.tp_group, reduce_dx=head.reduce_dx
+            head.hidden_TD,
+            head.weight_VD,
+            batch.target_T,
+            workspace_bytes=head.workspace_bytes,
+            tp_group=head.tp_group,
+            reduce_dx=head.reduce_dx,
         ).logprob_T
         tokens = logprob_T.new_tensor(logprob_T.numel())
         return LossOutput(-(weight * logprob_T).sum(), LossStats.of(tokens=tokens, weight=weight.sum()))

@@ -6,6 +6,7 @@ from triton_kernels.group_advantage import group_advantage
 from triton_kernels.group_grpo_loss import group_grpo_loss
 from triton_kernels.grpo_loss import grpo_loss
 from triton_kernels.linear_grpo_loss import LinearGrpoLoss, linear_grpo_loss
+from triton_kernels.linear_kl import linear_kl
 from triton_kernels.linear_logprob import LinearLogprob, linear_logprob
 from triton_kernels.objective import Objective
 from triton_kernels.packed_attention import packed_attention
@@ -27,6 +28,7 @@ __all__ = [
     "grpo_loss",
     "implementations",
     "linear_grpo_loss",
+    "linear_kl",
     "linear_logprob",
     "packed_attention",
     "process_advantage",

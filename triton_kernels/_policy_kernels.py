@@ -193,7 +193,7 @@ def launch_policy_loss(
     clip_low, clip_high, kl_coef, kl, ratio, surrogate, dual_clip, delta = objective
     contiguous = (None if x is None else x.contiguous() for x in (logprob_T, *tensors, response_cu))
     S = response_cu.numel() - 1
-    loss, dlogprob_T, stats_N = empty_loss(logprob_T)
+    dlogprob_T = logprob_T.new_empty(logprob_T.shape, dtype=torch.float32)
     partial_NS = dlogprob_T.new_empty((1 + NUM_STATS, S))
     # An infinite bound is off.
     dual_clip, delta = (float("inf") if bound is None else bound for bound in (dual_clip, delta))
@@ -203,8 +203,17 @@ def launch_policy_loss(
             1 - clip_low, 1 + clip_high, kl_coef, dual_clip, delta,
             KL=kl, RATIO=ratio, SURROGATE=surrogate, BLOCK_T=BLOCK_T, **constants, **LAUNCH_OPTIONS,
         )  # fmt: skip
-    reduce_partials_kernel[(1 + NUM_STATS,)](partial_NS, loss, stats_N, S, BLOCK_S=_BLOCK_S, **LAUNCH_OPTIONS)
+    loss, stats_N = reduce_partials(partial_NS)
     return loss, dlogprob_T, stats_N
+
+
+def reduce_partials(partial_NS: Tensor) -> tuple[Tensor, Tensor]:
+    """(loss, stats_N) from their parts [1 + N, S]."""
+    loss, stats_N = partial_NS.new_empty(()), partial_NS.new_empty(NUM_STATS)
+    reduce_partials_kernel[(1 + NUM_STATS,)](
+        partial_NS, loss, stats_N, partial_NS.shape[1], BLOCK_S=_BLOCK_S, **LAUNCH_OPTIONS
+    )
+    return loss, stats_N
 
 
 def empty_loss(logprob_T: Tensor) -> tuple[Tensor, Tensor, Tensor]:

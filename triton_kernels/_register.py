@@ -25,25 +25,37 @@ from triton_kernels._triton import HAS_TRITON, LAUNCH_OPTIONS
 
 @dataclass(frozen=True)
 class Shipped:
-    """One specialisation of a Triton kernel that an op launches, to be compiled ahead of time.
+    """One specialisation of a Triton kernel that an op launches, to be compiled ahead of time and kept in the ledger.
 
     signature: Triton type of each argument ("*fp32", "i32", ...). constants: the value of each constexpr, and None for
-    each tensor that is absent. options: of the launch.
+    each tensor that is absent. options: of the launch. multiples_of_16: the integer arguments that are, in the launches
+    that count; Triton compiles those apart, because loads become wider (pointers are always taken to be aligned).
+    capabilities: the GPUs it is launched on, 90 for sm_90. max_spill_bytes: of local memory per thread. Registers that
+    spill go through the cache, so 0 is the rule; a kernel with the whole tile of an attention block in registers may
+    be fastest with a few spilled outside of its inner loop, and says so here.
     """
 
     kernel: Any
     signature: Mapping[str, str]
     constants: Mapping[str, object]
     options: Mapping[str, int] = field(default_factory=lambda: LAUNCH_OPTIONS)
+    multiples_of_16: tuple[str, ...] = ()
+    capabilities: tuple[int, ...] = (80, 90, 100)
+    max_spill_bytes: int = 0
 
 
+REFERENCE = "PyTorch reference"
 OPS: dict[str, CustomOpDef] = {}
 """Every registered op by its name without the namespace."""
+DEFAULTS: dict[str, str] = {}
+"""What serves an op where neither C++ nor Triton does."""
 
 
-def custom_op(name: str, reference: Callable[..., Any]) -> CustomOpDef:
-    """Register `reference` as `dsm::name`."""
-    OPS[name] = torch.library.custom_op(f"dsm::{name}", reference, mutates_args=())
+def custom_op(
+    name: str, reference: Callable[..., Any], *, mutates: tuple[str, ...] = (), default: str = REFERENCE
+) -> CustomOpDef:
+    """Register `reference` as `dsm::name`; `default` is what the table of implementations calls it."""
+    OPS[name], DEFAULTS[name] = torch.library.custom_op(f"dsm::{name}", reference, mutates_args=mutates), default
     return OPS[name]
 
 
@@ -106,12 +118,14 @@ def implementations() -> dict[str, dict[str, str]]:
     "C++", "Triton", "Triton (interpreter)" or "PyTorch reference". fp64 tensors go to the reference wherever Triton
     serves.
     """
-    return {name: {device: _implementation(name, device) for device in ("cpu", "cuda")} for name in OPS}
+    return {name: {device: implementation(name, device) for device in ("cpu", "cuda")} for name in OPS}
 
 
-def _implementation(name: str, device: str) -> str:
+@functools.cache
+def implementation(name: str, device: str) -> str:
+    """What serves op `name` on "cpu" or "cuda"; asked for after everything is loaded."""
     if not torch._C._dispatch_has_kernel_for_dispatch_key(f"dsm::{name}", device.upper()):
-        return "PyTorch reference"
+        return DEFAULTS[name]
     registrations = torch._C._dispatch_dump(f"dsm::{name}").splitlines()
     kernel = next(line for line in registrations if line.startswith(f"{device.upper()}:"))
     if ".cpp" in kernel:

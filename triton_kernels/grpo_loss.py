@@ -63,7 +63,7 @@ def grpo_loss(
             f"advantage_T must have one value per row, {tuple(logprob_T.shape)}; got {tuple(advantage_T.shape)}"
         )
     arguments = objective_arguments(objective)
-    loss, _, stats_N = _grpo_loss(
+    loss, _, stats_N = grpo_loss_op(
         logprob_T, old_logprob_T, ref_logprob_T, advantage_T, weight_T, response_cu, *arguments
     )
     return LossOutput(loss, LossStats.from_packed(stats_N))
@@ -215,10 +215,10 @@ def _grpo_loss_triton(
     return launch_policy_loss(grpo_loss_kernel, logprob_T, tensors, response_cu, objective)
 
 
-_grpo_loss = custom_op("grpo_loss", grpo_loss_reference)
-_grpo_loss.register_fake(lambda logprob_T, *_: empty_loss(logprob_T))
-register_triton(_grpo_loss, _grpo_loss_triton)
-register_saved_gradient(_grpo_loss)
+grpo_loss_op = custom_op("grpo_loss", grpo_loss_reference)
+grpo_loss_op.register_fake(lambda logprob_T, *_: empty_loss(logprob_T))
+register_triton(grpo_loss_op, _grpo_loss_triton)
+register_saved_gradient(grpo_loss_op)
 
 
 def shipped() -> list[Shipped]:

@@ -41,6 +41,8 @@ class Head:
     """The ranks that share the vocabulary; None: this rank has all of it."""
     reduce_dx: bool
     """Whether the loss op sums the hidden states' gradient over them; sequence parallelism sums it afterwards."""
+    workspace_bytes: int | None
+    """Memory that the logits of a chunk may take; None: the op's default."""
 
 
 Loss = Callable[[Head, MicroBatch], LossOutput]
@@ -95,6 +97,7 @@ class Model:
             self.head_weight(),
             tp if tp.size() > 1 else None,
             reduce_dx=not self.parallel.config.sp,
+            workspace_bytes=self.config.logits_mib and self.config.logits_mib * 2**20,
         )
         result = loss_of(head, batch)
         if non_loss_data:
@@ -146,7 +149,12 @@ class Model:
 
         def score(head: Head, batch: MicroBatch) -> Tensor:
             return linear_logprob(
-                head.hidden_TD, head.weight_VD, batch.target_T, temperature=temperature, tp_group=head.tp_group
+                head.hidden_TD,
+                head.weight_VD,
+                batch.target_T,
+                temperature=temperature,
+                workspace_bytes=head.workspace_bytes,
+                tp_group=head.tp_group,
             ).logprob_T
 
         logprob_T = torch.zeros(num_rows)

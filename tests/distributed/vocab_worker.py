@@ -20,7 +20,6 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from triton_kernels import Objective, linear_grpo_loss, linear_logprob
-from triton_kernels.linear_logprob import chunked_linear_logprob
 
 V, D = 48, 12
 REMOVED = [3, 31]
@@ -129,8 +128,15 @@ def scored(
     """logprob_T, entropy_T and the gradients of a sum with weights of both signs; several chunks of rows."""
     inputs = [x.detach().requires_grad_(i in case.wants) for i, x in enumerate(inputs)]
     bias_V = inputs[2] if case.bias else None
-    output = chunked_linear_logprob(
-        *inputs[:2], target_T, case.temperature, case.softcap, bias_V, 2**13, tp_group, reduce_dx
+    output = linear_logprob(
+        *inputs[:2],
+        target_T,
+        temperature=case.temperature,
+        softcap=case.softcap,
+        bias_V=bias_V,
+        workspace_bytes=2**13,
+        tp_group=tp_group,
+        reduce_dx=reduce_dx,
     )
     grad_T = torch.linspace(-1, 2, case.T, dtype=torch.float64)
     total = (grad_T * output.logprob_T).sum() + case.entropy * (grad_T.flip(0) * output.entropy_T).sum()

@@ -185,7 +185,7 @@ def test_a_prompt_to_generate_from_is_checked_too(tmp_path: Path, capsys: Capsys
 
 @pytest.mark.parametrize(
     ("argument", "words"),
-    [("ppo", ["ppo", "not built yet", "grpo"]), ("verify-step", ["not built yet"]), ("trian", ["trian", "no stage"])],
+    [("ppo", ["ppo", "not built yet", "grpo"]), ("pretrain", ["not built yet"]), ("trian", ["trian", "no stage"])],
 )
 def test_stages_that_do_not_run(argument: str, words: list[str], capsys: Capsys) -> None:
     line = refused(capsys, argument)

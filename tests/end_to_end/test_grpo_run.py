@@ -84,12 +84,18 @@ def test_the_start_up_table_names_what_serves_each_op(
         "group_grpo_loss",
         "linear_logprob_fwd",
         "linear_logprob_bwd",
+        "logit_stats",
+        "logit_gradient",
+        "policy_logits",
         "packed_attention_fwd",
         "packed_attention_bwd",
     ):
         assert name in ops
     if not torch.cuda.is_available():
-        assert {ops[n] for n in ("group_advantage", "token_kl", "grpo_loss", "group_grpo_loss")} == {"C++"}
+        cpp = ("group_advantage", "token_kl", "grpo_loss", "group_grpo_loss", "logit_stats", "logit_gradient")
+        assert {ops[n] for n in cpp} == {"C++"}
+        assert ops["policy_logits"] == "logit ops and grpo_loss"
+        assert {ops[f"linear_logprob_{way}"] for way in ("fwd", "bwd")} == {"library GEMM and logit ops"}
         assert served["device"] == "cpu, fp32, 1 thread(s)"
     assert {"layout", "transformer layers", "core attention", "norms", "optimizer", "rollouts"} <= served.keys()
 

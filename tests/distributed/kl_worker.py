@@ -1,0 +1,138 @@
+"""One rank of `test_kl_parallel.py`: `linear_kl` on its shard of the vocabulary, split over all ranks and over two.
+
+python kl_worker.py RANK WORLD_SIZE STORE OUT
+
+T rows, V vocabulary, D and E hidden sizes of policy and reference.
+"""
+
+from __future__ import annotations
+
+import sys
+import traceback
+from dataclasses import dataclass
+from itertools import accumulate, pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from triton_kernels import linear_kl
+
+V, D, E = 48, 12, 9
+REMOVED = [3, 31]
+"""Tokens that both biases remove; 31 is a shard of its own in the uneven split over three ranks."""
+
+SHARDS = {
+    "even": {2: [24, 24], 3: [16, 16, 16]},
+    "uneven": {2: [31, 17], 3: [31, 1, 16]},
+    "empty first": {2: [0, 48], 3: [0, 20, 28]},
+    "empty last": {2: [48, 0], 3: [31, 17, 0]},
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """The inputs of `linear_kl`. extreme: logits of up to 1e4; in every other row the policy's mass is in other
+    shards than the reference's. equal: the reference is the policy. wants: which of the heads' six tensors want a
+    gradient."""
+
+    shards: str = "even"
+    T: int = 63
+    dtype: torch.dtype = torch.float32
+    temperature: float = 1.0
+    softcap: float | None = None
+    ref_softcap: float | None = None
+    bias: bool = False
+    extreme: bool = False
+    equal: bool = False
+    wants: tuple[int, ...] = (0, 1, 2, 3, 4, 5)
+
+    def tensors(self) -> list[Tensor]:
+        """[hidden, weight, bias] of the policy, then of the reference, over the whole vocabulary."""
+        generator = torch.Generator().manual_seed(self.T)
+        tensors: list[Tensor] = []
+        for width in (D, E):
+            tensors += [torch.randn(n, width, generator=generator) for n in (self.T, V)]
+            tensors.append(torch.randn(V, generator=generator))
+        tensors[2][REMOVED] = tensors[5][REMOVED] = -torch.inf
+        if self.extreme:  # whole numbers, so that the products are exact; rows take turns
+            v = torch.arange(V)
+            close_V, ref_close_V = 1e4 - v // 8, 1e4 - 2.0 * (v % 7)
+            apart_V = 1e4 - 2500.0 * (v // 6)
+            for i, columns in ((0, (close_V, apart_V)), (3, (ref_close_V, apart_V.flip(0)))):
+                tensors[i] = torch.eye(tensors[i].shape[1])[torch.arange(self.T) % 2]
+                tensors[i + 1][:, :2] = torch.stack(columns, 1)
+        if self.equal:
+            tensors[3:] = [x.clone() for x in tensors[:3]]
+        return [x.to(self.dtype) for x in tensors]
+
+
+CASES = {
+    **{shards: Case(shards, bias=True, temperature=0.7) for shards in SHARDS},
+    **{f"{shards} extreme": Case(shards, extreme=True) for shards in SHARDS},
+    "no rows": Case("uneven", T=0),
+    "one row": Case("empty first", T=1),
+    "fp64": Case("uneven", dtype=torch.float64, bias=True),
+    "softcap": Case("uneven", softcap=2.0, temperature=1.3),
+    "two softcaps fp64": Case("empty last", softcap=2.0, ref_softcap=3.0, temperature=0.6, dtype=torch.float64),
+    "equal": Case("uneven", bias=True, equal=True),
+    "bf16": Case("uneven", bias=True, dtype=torch.bfloat16),
+    "frozen reference": Case("uneven", wants=(0, 1)),
+    "frozen policy": Case("empty first", bias=True, wants=(3, 4, 5)),
+}
+
+
+def run_once(case: Case, group: ProcessGroup, reduce_dx: bool = True) -> list[Tensor | None]:
+    """kl_T and the gradients of a sum with weights of both signs, on this rank's shard; several chunks of rows."""
+    start, stop = list(pairwise([0, *accumulate(SHARDS[case.shards][group.size()])]))[group.rank()]
+    heads = [x if i % 3 == 0 else x[start:stop] for i, x in enumerate(case.tensors())]
+    heads = [x.detach().requires_grad_(i in case.wants) for i, x in enumerate(heads)]
+    kl_T = linear_kl(
+        heads[0], heads[1], heads[3], heads[4],
+        bias_V=heads[2] if case.bias else None, ref_bias_V=heads[5] if case.bias else None,
+        temperature=case.temperature, softcap=case.softcap, ref_softcap=case.ref_softcap,
+        workspace_bytes=2**14, tp_group=group, reduce_dx=reduce_dx,
+    )  # fmt: skip
+    (torch.linspace(-1, 2, case.T, dtype=torch.float64) * kl_T).sum().backward()
+    return [kl_T.detach(), *(x.grad for x in heads)]
+
+
+def run(case: Case, group: ProcessGroup) -> dict[str, Any]:
+    """What the op gives, the hidden states' gradients left as parts, and whether a second run gave the same bits."""
+    first, second, parts = run_once(case, group), run_once(case, group), run_once(case, group, reduce_dx=False)
+    again = all(x is y is None or torch.equal(x, y) for x, y in zip(first, second, strict=True))
+    return {"result": first, "parts": [parts[1], parts[4]], "again": again}
+
+
+def refusal(T: int, group: ProcessGroup) -> str:
+    """What `linear_kl` says to T rows on this rank."""
+    try:
+        linear_kl(torch.zeros(T, D), torch.zeros(2, D), torch.zeros(T, E), torch.zeros(2, E), tp_group=group)
+    except ValueError as error:
+        return str(error)
+    return "none"
+
+
+def main() -> None:
+    rank, world, out = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[4])
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", store=dist.FileStore(sys.argv[3], world), rank=rank, world_size=world)
+    last_two = dist.new_group([world - 2, world - 1])  # their ranks in the group are not those in the world
+    for group in [dist.group.WORLD, last_two] if rank >= world - 2 else [dist.group.WORLD]:
+        results: dict[str, Any] = {name: run(case, group) for name, case in CASES.items()}
+        results["refusals"] = [refusal(group.rank() + 1, group), refusal(1, group)]
+        torch.save(results, out / f"{group.size()}-{group.rank()}.pt")
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except BaseException:
+        traceback.print_exc()
+        # The other ranks wait in a collective: end without waiting for them.
+        sys.stderr.flush()
+        raise SystemExit(1) from None
