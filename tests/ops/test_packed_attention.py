@@ -6,11 +6,17 @@ from typing import Any
 
 import pytest
 import torch
-from cases import RTOL, offsets, relative_error
+from cases import RTOL, assert_at_most_twice_as_far, offsets, relative_error
 from torch import Tensor
 
-from triton_kernels import PackedLayout, packed_attention, packed_layout
-from triton_kernels.packed_attention import packed_attention_bwd, packed_attention_fwd
+from triton_kernels import PackedLayout, _attention_launch, packed_attention
+from triton_kernels._common import INTERPRET
+from triton_kernels.packed_attention import (
+    packed_attention_bwd,
+    packed_attention_bwd_reference,
+    packed_attention_fwd,
+    packed_attention_fwd_reference,
+)
 
 Groups = list[tuple[int, list[int]]]
 
@@ -19,6 +25,21 @@ GROUPS: Groups = [(5, [3, 0, 7]), (64, [1, 63]), (0, [4]), (9, []), (1, [65]), (
 SEQUENCES = [1, 64, 0, 63, 65, 5, 200, 1]
 HEADS = [(4, 4), (4, 1)]  # one key head per query head, one for all
 K, K_VALUE = 8, 6
+# (sequences or groups, (query heads, key heads), window): what every implementation is held against.
+CASES: list[tuple[list[int] | Groups, tuple[int, int], int | None]] = [
+    (GROUPS, (4, 1), None),
+    (GROUPS, (2, 2), 5),
+    (SEQUENCES, (2, 2), None),
+    (SEQUENCES, (4, 1), 40),
+    ([1000, 1], (1, 1), None),  # keys that many queries see: cut among programs
+    ([(70, [6] * 64)], (2, 1), None),  # the same of a prompt, with 64 responses
+    ([(70, [65] * 7)], (2, 2), 30),  # a window that ends in the prompt
+    ([(63, [64, 0])], (8, 1), None),
+    ([(1, [1])], (1, 1), None),
+    ([1], (1, 1), 1),
+    ([0], (2, 1), None),
+    ([(0, [])], (1, 1), None),
+]
 
 
 def layout_of(sequences: list[int] | Groups, device: torch.device) -> PackedLayout:
@@ -66,12 +87,14 @@ def dense(
     return torch.einsum("hts,shk->thk", scores_HTT.softmax(-1), v), scores_HTT.logsumexp(-1).T
 
 
-def make(T: int, heads: tuple[int, int], dtype: torch.dtype, device: torch.device, size: int = K) -> list[Tensor]:
+def make(
+    T: int, heads: tuple[int, int], dtype: torch.dtype, device: torch.device, size: int = K, value_size: int = K_VALUE
+) -> list[Tensor]:
     """[q, k, v], which want gradients; q is not contiguous."""
     generator = torch.Generator().manual_seed(T)
     H, J = heads
     q_THK = torch.randn(H, T, size, generator=generator).transpose(0, 1)
-    k, v = torch.randn(T, J, size, generator=generator), torch.randn(T, J, K_VALUE, generator=generator)
+    k, v = torch.randn(T, J, size, generator=generator), torch.randn(T, J, value_size, generator=generator)
     return [x.to(device, dtype).requires_grad_() for x in (q_THK, k, v)]
 
 
@@ -82,12 +105,24 @@ def gradients(inputs: list[Tensor], out: Tensor, lse_TH: Tensor) -> tuple[Tensor
     return torch.autograd.grad((out * weights[0]).sum() + (lse_TH * weights[1]).sum(), inputs)
 
 
-@pytest.mark.parametrize("window", [None, 1, 5])
-@pytest.mark.parametrize("heads", HEADS)
-@pytest.mark.parametrize("sequences", [GROUPS, SEQUENCES, [(1, [1])], [1], [0], [(0, [])], [(300, [100] * 7)], [1000]])
+@pytest.mark.parametrize(("sequences", "heads", "window"), CASES)
 def test_values_and_gradients(
     sequences: list[int] | Groups, heads: tuple[int, int], window: int | None, device: torch.device
 ) -> None:
+    check(sequences, heads, window, device)
+
+
+@pytest.mark.no_interpret
+@pytest.mark.parametrize("window", [None, 1, 5, 64])
+@pytest.mark.parametrize("heads", [*HEADS, (8, 1)])
+@pytest.mark.parametrize("sequences", [GROUPS, SEQUENCES, [(300, [100] * 7)], [1000, 65], [(90, [1000, 63])]])
+def test_all_combinations(
+    sequences: list[int] | Groups, heads: tuple[int, int], window: int | None, device: torch.device
+) -> None:
+    check(sequences, heads, window, device)
+
+
+def check(sequences: list[int] | Groups, heads: tuple[int, int], window: int | None, device: torch.device) -> None:
     layout = layout_of(sequences, device)
     inputs = make(layout.num_tokens, heads, torch.float32, device)
     output = packed_attention(*inputs, layout, window=window, return_lse=True)
@@ -99,21 +134,20 @@ def test_values_and_gradients(
         assert relative_error(x.detach(), y.detach()) < RTOL
 
 
-@pytest.mark.parametrize("sequences", [GROUPS, SEQUENCES])
-def test_scores_beyond_the_bound_are_computed_in_parts(
-    sequences: list[int] | Groups, device: torch.device, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    layout = layout_of(sequences, device)
-    inputs = make(layout.num_tokens, (4, 2), torch.float64, device)
-    output = packed_attention(*inputs, layout, window=7, return_lse=True)
-    monkeypatch.setattr(packed_layout, "_MAX_PAIRS", 300)  # less than one sequence of 64, more than its keys
-    parts = layout_of(sequences, device)
-    assert len(parts.own) > len(layout.own)
-    buckets = packed_layout.buckets_from_tensors(parts.own)
-    assert max(bucket.q_index_BL.numel() * bucket.k_index_BM.shape[1] for bucket in buckets) <= 300
-    cut = packed_attention(*inputs, parts, window=7, return_lse=True)
-    for x, y in zip((*cut, *gradients(inputs, *cut)), (*output, *gradients(inputs, *output)), strict=True):
-        torch.testing.assert_close(x, y)
+@pytest.mark.parametrize(("sequences", "heads", "window"), CASES)
+def test_the_reference(sequences: list[int] | Groups, heads: tuple[int, int], window: int | None) -> None:
+    """The oracle of other tests, and what serves fp64, against autograd of a dense mask."""
+    layout = layout_of(sequences, torch.device("cpu"))
+    inputs = make(layout.num_tokens, heads, torch.float64, torch.device("cpu"))
+    arguments = (layout.positions_T, layout.segments_N5, [], 0, 0.3, window)
+    out, lse_HT = packed_attention_fwd_reference(*(x.detach() for x in inputs), *arguments)
+    exact = dense(*inputs, sequences, 0.3, window)
+    grad_out, grad_lse_HT = torch.randn_like(out), torch.randn_like(lse_HT)
+    saved = (*(x.detach() for x in inputs), out, lse_HT)
+    ours = packed_attention_bwd_reference(grad_out, grad_lse_HT, *saved, *arguments)
+    theirs = torch.autograd.grad(exact, inputs, (grad_out, grad_lse_HT.T))
+    for x, y in zip((out, lse_HT.T, *ours), (*exact, *theirs), strict=True):
+        torch.testing.assert_close(x, y.detach())
 
 
 def test_repeated_prompts_give_the_same(device: torch.device) -> None:
@@ -142,7 +176,7 @@ def test_repeated_prompts_give_the_same(device: torch.device) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision(dtype: torch.dtype, device: torch.device) -> None:
     layout = layout_of(GROUPS, device)
-    inputs = make(layout.num_tokens, (4, 2), dtype, device)
+    inputs = make(layout.num_tokens, (2, 1), dtype, device)
     output = packed_attention(*inputs, layout, return_lse=True)
     exact_inputs = [x.detach().double().requires_grad_() for x in inputs]
     exact = dense(*exact_inputs, GROUPS, K**-0.5, None)
@@ -153,12 +187,40 @@ def test_half_precision(dtype: torch.dtype, device: torch.device) -> None:
         assert relative_error(x.detach(), y.detach()) < 4e-3
 
 
+@pytest.mark.parametrize("architecture", [None, *_attention_launch.TILES])
+@pytest.mark.parametrize("sizes", [(64, 64), (96, 96), (128, 128), (192, 128), (256, 256), (80, 72)])
+def test_tiles_of_every_head_size(
+    sizes: tuple[int, int], architecture: str | None, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At the tiles that are shipped for half precision, those for other GPUs through the interpreter."""
+    if INTERPRET == (architecture is None):
+        pytest.skip("the device's own tiles; those of every GPU under TRITON_INTERPRET=1")
+    if architecture is not None:
+        monkeypatch.setattr(_attention_launch, "architecture", lambda _: architecture)
+    groups: Groups = [(70, [33, 0, 130]), (3, [1])]
+    layout = layout_of(groups, device)
+    inputs = make(layout.num_tokens, (2, 1), torch.float16, device, *sizes)
+    output = packed_attention(*inputs, layout, return_lse=True)
+    exact_inputs = [x.detach().double().requires_grad_() for x in inputs]
+    exact = dense(*exact_inputs, groups, sizes[0] ** -0.5, None)
+    plain_inputs = [x.detach().requires_grad_() for x in inputs]
+    plain = dense(*plain_inputs, groups, sizes[0] ** -0.5, None)
+    assert relative_error(output[1].detach(), exact[1].detach()) < RTOL  # statistics are fp32
+    ours, reference, theirs = (
+        (o[0], *gradients(x, *o)) for x, o in ((inputs, output), (plain_inputs, plain), (exact_inputs, exact))
+    )
+    for x, y, z in zip(ours, reference, theirs, strict=True):
+        assert_at_most_twice_as_far(x.detach(), y.detach(), z.detach())
+
+
 @pytest.mark.parametrize("extreme", [1e4, -1e4])
 def test_extreme_scores(extreme: float, device: torch.device) -> None:
     layout = layout_of(GROUPS, device)
     # Whole numbers tie; the largest score becomes 1e4, where an fp32 lse resolves 1e-3, and so p is good to 1e-3.
     inputs = [x.detach().round().requires_grad_() for x in make(layout.num_tokens, (4, 2), torch.float32, device)]
-    scale = extreme / float(torch.einsum("thk,sjk->thsj", inputs[0].detach(), inputs[1].detach()).abs().max())
+    with torch.no_grad():
+        inputs[0].mul_(extreme / abs(extreme))
+    scale = abs(extreme) / float(torch.einsum("thk,sjk->thsj", inputs[0].detach(), inputs[1].detach()).abs().max())
     output = packed_attention(*inputs, layout, scale=scale, return_lse=True)
     exact_inputs = [x.detach().double().requires_grad_() for x in inputs]
     exact = dense(*exact_inputs, GROUPS, scale, None)
@@ -168,11 +230,11 @@ def test_extreme_scores(extreme: float, device: torch.device) -> None:
         assert relative_error(x.detach(), y.detach()) < 2e-3
 
 
-@pytest.mark.parametrize("poisoned", [0, 3, 6])
-def test_a_response_cannot_reach_the_others(poisoned: int, device: torch.device) -> None:
+@pytest.mark.parametrize(("poisoned", "what"), [(0, "all"), (3, "keys and values"), (6, "all")])
+def test_a_response_cannot_reach_the_others(poisoned: int, what: str, device: torch.device) -> None:
     prompt, length, responses = 9, 5, 7
     layout = layout_of([(prompt, [length] * responses), (4, [3, 5])], device)
-    inputs = make(layout.num_tokens, (4, 2), torch.float32, device)
+    inputs = make(layout.num_tokens, (2, 1), torch.float32, device)
     first = prompt + poisoned * length
     bad_T = torch.zeros(layout.num_tokens, dtype=torch.bool, device=device)
     bad_T[first : first + length] = True
@@ -180,7 +242,7 @@ def test_a_response_cannot_reach_the_others(poisoned: int, device: torch.device)
     for value in (None, torch.nan, torch.inf, 1e30):
         dirty = [x.detach().clone() for x in inputs]
         if value is not None:
-            for x in dirty:
+            for x in dirty if what == "all" else dirty[1:]:
                 x[bad_T] = value
         dirty = [x.requires_grad_() for x in dirty]
         out, lse_TH = packed_attention(*dirty, layout, return_lse=True)
@@ -194,9 +256,29 @@ def test_a_response_cannot_reach_the_others(poisoned: int, device: torch.device)
             assert torch.equal(x, y)
 
 
+def test_responses_may_come_in_any_order(device: torch.device) -> None:
+    prompt, lengths = 70, [33, 5, 0, 64, 1]
+    order = [3, 0, 4, 2, 1]
+    begin = [prompt + sum(lengths[:i]) for i in range(len(lengths))]
+    row = torch.tensor([*range(prompt), *(t for i in order for t in range(begin[i], begin[i] + lengths[i]))])
+    row = row.to(device)
+    layout, other = (layout_of([(prompt, x)], device) for x in (lengths, [lengths[i] for i in order]))
+    inputs = make(layout.num_tokens, (4, 2), torch.float32, device)
+    moved = [x.detach()[row].requires_grad_() for x in inputs]
+    grad_out = torch.randn(layout.num_tokens, 4, K_VALUE, generator=torch.Generator().manual_seed(0)).to(device)
+    out, out_moved = packed_attention(*inputs, layout), packed_attention(*moved, other)
+    assert torch.equal(out[row], out_moved)
+    ours = torch.autograd.grad(out, inputs, grad_out)
+    theirs = torch.autograd.grad(out_moved, moved, grad_out[row])
+    assert torch.equal(ours[0][row], theirs[0])
+    for x, y in zip(ours[1:], theirs[1:], strict=True):
+        assert torch.equal(x[row][prompt:], y[prompt:])
+        assert relative_error(y[:prompt], x[:prompt]) < RTOL  # a sum over the responses, in another order
+
+
 def test_same_bits_every_time(device: torch.device) -> None:
     layout = layout_of(GROUPS, device)
-    inputs = make(layout.num_tokens, (4, 1), torch.float32, device)
+    inputs = make(layout.num_tokens, (2, 1), torch.float32, device)
     runs = []
     for _ in range(2):
         output = packed_attention(*inputs, layout_of(GROUPS, device), return_lse=True)
@@ -211,23 +293,18 @@ def test_positions(sequences: list[int] | Groups, device: torch.device) -> None:
     assert layout.positions_T.tolist() == positions_of(sequences).tolist()
 
 
-def test_padding_is_at_most_twofold(device: torch.device) -> None:
-    layout = layout_of([*range(1, 130)], device)
-    queries = sum(index_BL.numel() for index_BL in layout.own[::6])
-    assert layout.num_tokens <= queries <= 2 * layout.num_tokens
-
-
 @pytest.mark.parametrize("sequences", [[(3, [2, 0, 4]), (2, [1])], [4, 2], [0]])
 @pytest.mark.parametrize("window", [None, 2])
 def test_opcheck(sequences: list[int] | Groups, window: int | None, device: torch.device) -> None:
     layout = layout_of(sequences, device)
     inputs = make(layout.num_tokens, (4, 2), torch.float32, device)
-    tables = (layout.own, layout.shared, 0.3, window)
+    work, num_slots = _attention_launch.tables(layout, *inputs, window)
+    tables = (layout.positions_T, layout.segments_N5, work, num_slots, 0.3, window)
     torch.library.opcheck(packed_attention_fwd, (*inputs, *tables))
     inputs = [x.detach() for x in inputs]
-    out, lse_TH = packed_attention_fwd(*inputs, *tables)
-    for grad_lse_TH in (None, lse_TH):
-        torch.library.opcheck(packed_attention_bwd, (out, grad_lse_TH, *inputs, out, lse_TH, *tables))
+    out, lse_HT = packed_attention_fwd(*inputs, *tables)
+    for grad_lse_HT in (None, lse_HT):
+        torch.library.opcheck(packed_attention_bwd, (out, grad_lse_HT, *inputs, out, lse_HT, *tables))
 
 
 @pytest.mark.parametrize("heads", HEADS)
@@ -267,6 +344,7 @@ def int32(*values: int) -> Tensor:
             "end at 2, the number of responses; got 2 that",
         ),
         (PackedLayout.from_groups, (int32(3, 4), int32(1), int32(0, 1)), r"must have 2 \+ 1 offsets"),
+        (PackedLayout.from_cu_seqlens, (int32(*range(30), 7, 40),), r"never decrease; got \[29, 7\] .* 30 of 32"),
     ],
 )
 def test_layout_errors(build: Any, arguments: tuple[Tensor, ...], message: str) -> None:
@@ -281,6 +359,7 @@ def test_layout_errors(build: Any, arguments: tuple[Tensor, ...], message: str) 
         ((5, 3, 8), (5, 2, 8), (5, 2, 8), None, r"divides that of q; got q \(5, 3, 8\)"),
         ((5, 2, 8), (5, 2, 8), (5, 1, 8), None, "one number of heads"),
         ((5, 2, 8), (5, 2, 4), (5, 2, 8), None, "q and k must share a head size"),
+        ((5, 2, 0), (5, 2, 0), (5, 2, 8), None, "head size, at least 1"),
         ((5, 16), (5, 2, 8), (5, 2, 8), None, r"must be \[tokens, heads, head size\]"),
         ((5, 2, 8), (5, 2, 8), (5, 2, 8), 0, "window must be at least 1, or None for no window; got 0"),
     ],
@@ -289,3 +368,29 @@ def test_errors(q: tuple[int, ...], k: tuple[int, ...], v: tuple[int, ...], wind
     layout = PackedLayout.from_cu_seqlens(int32(0, 2, 5))
     with pytest.raises(ValueError, match=message):
         packed_attention(torch.zeros(q), torch.zeros(k), torch.zeros(v), layout, window=window)
+
+
+@pytest.mark.parametrize("scale", [0.0, -1.0, float("inf"), float("nan")])
+def test_scale_error(scale: float) -> None:
+    x = torch.zeros(5, 1, 8)
+    with pytest.raises(ValueError, match="scale must be above 0 and finite"):
+        packed_attention(x, x, x, PackedLayout.from_cu_seqlens(int32(0, 5)), scale=scale)
+
+
+def test_dtype_and_device_errors() -> None:
+    x, layout = torch.zeros(5, 1, 8), PackedLayout.from_cu_seqlens(int32(0, 5))
+    with pytest.raises(ValueError, match="share a dtype; got torch.float32, torch.float64, torch.float32"):
+        packed_attention(x, x.double(), x, layout)
+    with pytest.raises(ValueError, match="share a device; got cpu, meta, cpu, cpu"):
+        packed_attention(x, x.to("meta"), x, layout)
+    with pytest.raises(ValueError, match="must be floating point; got torch.int64"):
+        packed_attention(x.long(), x.long(), x.long(), layout)
+
+
+def test_heads_that_no_tile_holds() -> None:
+    x, layout = torch.zeros(5, 1, 264), PackedLayout.from_cu_seqlens(int32(0, 5))
+    if not INTERPRET:
+        assert packed_attention(x, x, x, layout).shape == x.shape
+        return
+    with pytest.raises(ValueError, match="at most 256 .* got 264"):
+        packed_attention(x, x, x, layout)
