@@ -11,37 +11,64 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from benchmarks.problem import CLIP, KL_COEF, Problem, token_losses
+from benchmarks.compare import Check, Contender, Op, Run
+from benchmarks.measure import gemms, relative
+from benchmarks.problem import CLIP, KL_COEF, Problem, Shape, exact_logprobs, exact_loss, token_losses
 from triton_kernels import Objective, linear_grpo_loss, linear_logprob
-
-Run = Callable[[], tuple[Tensor, ...]]
 
 OBJECTIVE = Objective(clip_low=CLIP, clip_high=CLIP, kl_coef=KL_COEF)
 CONTRACT = {torch.float32: 1e-5, torch.bfloat16: 4e-3}
 """Largest error that is allowed to ours."""
-SAME_PROBLEM = {torch.float32: 1e-3, torch.bfloat16: 5e-2}
-"""Largest error with which a peer still counts as solving the same problem."""
 
 
-@dataclass(frozen=True)
-class Contender:
-    """prepare may raise ModuleNotFoundError. absent: why it does not run on this device, if it does not.
+def loss_op(shape: Shape, device: str, workspaces: list[int]) -> Op[Problem]:
+    """Loss, dhidden and dweight, forward and backward."""
 
-    promise: the most bytes beside inputs and results, where one is made.
-    """
+    def check(problem: Problem) -> Check:
+        exact = exact_loss(problem)
 
-    name: str
-    prepare: Callable[[Problem], Run]
-    allowed_error: dict[torch.dtype, float]
-    workspace_bytes: int | None = None
-    absent: str | None = None
-    promise: Callable[[Problem], int] | None = None
+        def against(result: tuple[Tensor, ...]) -> dict[str, float]:
+            loss, dhidden, dweight_VD = result
+            if dhidden.dim() == 3:
+                dhidden = dhidden.squeeze(1) if dhidden.shape[1] == 1 else problem.packed(dhidden)
+            return {
+                "loss": float((loss.double() - exact.loss).abs() / exact.magnitude),
+                "dhidden": relative(dhidden, exact.dhidden_TD),
+                "dweight": relative(dweight_VD, exact.dweight_VD),
+            }
+
+        return against
+
+    return Op(
+        "linear_grpo_loss",
+        loss_contenders(device, workspaces),
+        flops=3 * shape.gemm_flops,
+        check=check,
+        rows_computed=lambda problem, result: result[1].numel() // problem.shape.D,
+        floor=functools.partial(gemms, count=3),
+    )
+
+
+def scoring_op(shape: Shape, device: str) -> Op[Problem]:
+    """Log-probabilities of the targets without gradients: what scoring by the old and the reference model needs."""
+
+    def check(problem: Problem) -> Check:
+        exact_T = exact_logprobs(problem)
+        return lambda result: {"logprob": float(((result[0].double() - exact_T).abs() / (1 + exact_T.abs())).max())}
+
+    return Op(
+        "linear_logprob",
+        scoring_contenders(device),
+        flops=shape.gemm_flops,
+        check=check,
+        rows_computed=lambda problem, _: problem.num_rows,
+        floor=functools.partial(gemms, count=1),
+    )
 
 
 def promised_bytes(problem: Problem, workspace_bytes: int | None, gradients: bool) -> int:
@@ -73,18 +100,18 @@ def loss_contenders(device: str, workspaces: list[int]) -> list[Contender]:
         for size in (None, *workspaces)
     ]
     contenders += [
-        Contender("PyTorch, eager", functools.partial(_on_logprobs, logprobs=dense_logprobs), SAME_PROBLEM),
-        Contender("PyTorch, compiled", _compiled_loss, SAME_PROBLEM),
+        Contender("PyTorch, eager", functools.partial(_on_logprobs, logprobs=dense_logprobs)),
+        Contender("PyTorch, compiled", _compiled_loss),
     ]
     for layout in ("padded", "unpadded"):
         for precision in ("highest", "high") if device == "cuda" else ("highest",):
             name = f"Liger fused linear GRPO, {layout}" + (", TF32" if precision == "high" else "")
             prepare = functools.partial(_liger_fused, layout=layout)
-            contenders.append(Contender(name, with_precision(prepare, precision), SAME_PROBLEM))
-    contenders.append(Contender("Liger Triton GRPO on logits", _liger_triton, SAME_PROBLEM, absent=only_gpu))
+            contenders.append(Contender(name, with_precision(prepare, precision)))
+    contenders.append(Contender("Liger Triton GRPO on logits", _liger_triton, absent=only_gpu))
     for name, options, reason in cce_forms(device):
         prepare = functools.partial(_on_logprobs, logprobs=functools.partial(_cce_logprobs, **options))
-        contenders.append(Contender(name, prepare, SAME_PROBLEM, absent=reason))
+        contenders.append(Contender(name, prepare, absent=reason))
     return contenders
 
 
@@ -102,15 +129,13 @@ def scoring_contenders(device: str) -> list[Contender]:
             {**CONTRACT, torch.bfloat16: 1e-5},
             promise=functools.partial(promised_bytes, workspace_bytes=None, gradients=False),
         ),
-        Contender("PyTorch, eager", scoring(dense_logprobs), SAME_PROBLEM),
-        Contender("PyTorch, compiled", scoring(dense_logprobs, compiled=True), SAME_PROBLEM),
-        Contender("Liger chunked log-probabilities", scoring(_liger_logprobs), SAME_PROBLEM),
-        Contender("Liger Triton on logits", _liger_triton_scoring, SAME_PROBLEM, absent=only_gpu),
+        Contender("PyTorch, eager", scoring(dense_logprobs)),
+        Contender("PyTorch, compiled", scoring(dense_logprobs, compiled=True)),
+        Contender("Liger chunked log-probabilities", scoring(_liger_logprobs)),
+        Contender("Liger Triton on logits", _liger_triton_scoring, absent=only_gpu),
     ]
     for name, options, reason in cce_forms(device, exact=False):
-        contenders.append(
-            Contender(name, scoring(functools.partial(_cce_logprobs, **options)), SAME_PROBLEM, absent=reason)
-        )
+        contenders.append(Contender(name, scoring(functools.partial(_cce_logprobs, **options)), absent=reason))
     return contenders
 
 

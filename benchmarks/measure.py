@@ -6,12 +6,14 @@ T loss rows, V vocabulary, D hidden.
 from __future__ import annotations
 
 import os
+import re
 import statistics
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -24,6 +26,25 @@ METERS = {
     "cpu": "high-water mark of the bytes that PyTorch's CPU allocator has given out, by its profiler",
     "cuda": "torch.cuda.max_memory_allocated",
 }
+_PEAKS = {"A100": 312e12, "H100": 989.5e12, "H200": 989.5e12}
+"""FLOP/s of dense products in bf16 and fp16; of Hopper in its SXM form."""
+
+Name = TypeVar("Name", bound=Hashable)
+
+
+def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
+    """FLOP/s that the device could do at most, where it is one of `_PEAKS` and the type one of theirs."""
+    if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16):
+        return None
+    return named_peak(torch.cuda.get_device_name(device))
+
+
+def named_peak(name: str) -> float | None:
+    """Of a device as CUDA names it; None for parts of one and for those of less power."""
+    match = re.search(r"\b(A100|H100|H200)\b", name)
+    if match is None or "MIG" in name or (match[1] != "A100" and re.search("PCIe|NVL", name)):
+        return None
+    return _PEAKS[match[1]]
 
 
 def peak_bytes(run: Callable[[], object], device: torch.device) -> int:
@@ -76,10 +97,11 @@ def seconds(run: Callable[[], object], device: torch.device) -> float:
 
 
 def interleaved(
-    runs: Mapping[str, Callable[[], object]], repetitions: int, device: torch.device, tick: Callable[[str], None]
-) -> dict[str, list[float]]:
+    runs: Mapping[Name, Callable[[], object]], repetitions: int, device: torch.device, tick: Callable[[str], None]
+) -> dict[Name, list[float]]:
     """Seconds of every repetition. In each, all run, one after the other; every second one in reverse order."""
-    order, times = list(runs), {name: [] for name in runs}
+    order = list(runs)
+    times: dict[Name, list[float]] = {name: [] for name in runs}
     for repetition in range(repetitions):
         tick(f"repetition {repetition + 1} of {repetitions}")
         for name in order[:: -1 if repetition % 2 else 1]:

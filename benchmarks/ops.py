@@ -9,40 +9,36 @@ T loss rows, D hidden, V vocabulary.
 from __future__ import annotations
 
 import argparse
-import statistics
-import sys
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor
 
 from benchmarks import report
-from benchmarks.contenders import Contender, Run, loss_contenders, scoring_contenders
-from benchmarks.measure import (
-    METERS,
-    Progress,
-    clock,
-    gemms,
-    interleaved,
-    on,
-    peak_bytes,
-    ratio,
-    relative,
-    tensor_bytes,
-)
-from benchmarks.problem import Problem, Shape, exact_logprobs, exact_loss, make_problem
+from benchmarks.attention import Heads, Packing, make_attention
+from benchmarks.attention_contenders import attention_ops, layout_op
+from benchmarks.compare import AnyProblem, Op, benchmark, total_work
+from benchmarks.contenders import loss_op, scoring_op
+from benchmarks.measure import METERS, Progress, clock, on
+from benchmarks.problem import Shape, make_problem
 
+HEAD_OPS = ("linear_grpo_loss", "linear_logprob")
+ATTENTION_OPS = ("packed_attention", "layout")
 SHAPES = {
     "cpu": ["512x256x8192", "1024x512x50257"],
     "cuda": ["8192x4096x151936", "4096x4096x131072", "16384x2048x151936"],
 }
 SWEEP = {"cpu": [4, 16, 256], "cuda": [256, 512, 1024, 4096, 8192]}
-_CHECK_FLOPS = {"cpu": 3e11, "cuda": 2e14}
-"""Beyond so much arithmetic in fp64 the check is of a part of the rows."""
-_PREPARATION = 2
-"""Runs that a contender needs before it is timed, for the progress."""
+HEADS = {"cpu": "8/2x64", "cuda": "32/8x128"}
+LAYOUTS = {
+    "cpu": ["groups:12x8x20x16", "groups:128x8x128", "8x512"],
+    "cuda": ["8x1024", "mixed:256-8192:65536", "groups:512x64x512", "groups:1024x16x1024", "groups:4096x8x1024"],
+}
+QUICKSTART = ("4/4x32", "groups:12x8x20x16")
+"""Heads and lengths of the quickstart; on a CPU measured by default with these heads."""
 
 
 _COLUMNS = """columns:
@@ -50,157 +46,57 @@ _COLUMNS = """columns:
   x ours     median over the repetitions of the time over that of ours in the same repetition: above 1 is slower
   of floor   the time of the GEMMs that nobody can avoid, at the same shapes and in the same types, over the time: three
              for loss and gradients, one for log-probabilities
+  TFLOP/s    arithmetic that nobody can avoid, over the time: those GEMMs; of attention the pairs that see each other,
+             a shared prompt once, whatever else is computed (4 H K per pair, 2.5 times that backward)
+  of peak    the same over what the device can do at most, where that is known
   extra MiB  most memory alive at once beside inputs and results
-  errors     from fp64: of the loss relative to the sum of its terms' absolute values, of gradients relative by
-             Frobenius norm, of log-probabilities the largest |error| / (1 + |logp|)
+  errors     from fp64: of the loss relative to the sum of its terms' absolute values, of log-probabilities the largest
+             |error| / (1 + |logp|), of all else relative by Frobenius norm
 
 examples:
   python -m benchmarks.ops --quick                                  does everything run?
-  python -m benchmarks.ops --shapes 4096x512x50257 --contenders ours --check-rows 256
-  python -m benchmarks.ops --op linear_logprob --repetitions 50
+  python -m benchmarks.ops --op linear_logprob linear_grpo_loss --shapes 4096x512x50257 --contenders ours
+  python -m benchmarks.ops --op packed_attention --heads 32/8x128 --layouts 8x1024 groups:512x64x512
 
 docs/benchmarks.md tells more. Peers come with: pip install --no-build-isolation '.[bench]'
 """
 
 
 @dataclass(frozen=True)
-class Op:
-    """What is measured. errors(run, problem) holds a result against fp64; gemms are those that nobody can avoid."""
+class Case:
+    """A problem, made when its turn comes, and the ops measured on it; those of one list take turns with each other."""
 
-    name: str
-    contenders: list[Contender]
-    gemms: int
-    errors: Callable[[Problem], Callable[[tuple[Tensor, ...]], dict[str, float]]]
-
-
-@dataclass
-class Row:
-    """What is written of one contender at one shape. Seconds are medians; bytes are beside inputs and results."""
-
-    op: str
     shape: str
-    contender: str
-    status: str = "measured"
-    reason: str | None = None
-    seconds: float | None = None
-    ratio_to_ours: float | None = None
-    floor_share: float | None = None
-    peak_extra_bytes: int | None = None
-    promised_extra_bytes: int | None = None
-    errors: dict[str, float] = field(default_factory=dict)
-    checked_rows: int | None = None
-    rows_computed: int | None = None
-    workspace_bytes: int | None = None
-    repetitions: list[float] = field(default_factory=list)
+    make: Callable[[], AnyProblem]
+    rounds: list[list[Op[Any]]]
+    facts: dict[str, Any]
+    """Written into every row."""
 
 
-def linear_grpo_loss(device: str, workspaces: list[int]) -> Op:
-    """Loss, dhidden and dweight, forward and backward."""
-
-    def errors(problem: Problem) -> Callable[[tuple[Tensor, ...]], dict[str, float]]:
-        exact = exact_loss(problem)
-
-        def against(result: tuple[Tensor, ...]) -> dict[str, float]:
-            loss, dhidden, dweight_VD = result
-            if dhidden.dim() == 3:
-                dhidden = dhidden.squeeze(1) if dhidden.shape[1] == 1 else problem.packed(dhidden)
-            return {
-                "loss": float((loss.double() - exact.loss).abs() / exact.magnitude),
-                "dhidden": relative(dhidden, exact.dhidden_TD),
-                "dweight": relative(dweight_VD, exact.dweight_VD),
-            }
-
-        return against
-
-    return Op("linear_grpo_loss", loss_contenders(device, workspaces), 3, errors)
-
-
-def linear_logprob(device: str, workspaces: list[int]) -> Op:
-    """Log-probabilities of the targets without gradients: what scoring by the old and the reference model needs."""
-
-    def errors(problem: Problem) -> Callable[[tuple[Tensor, ...]], dict[str, float]]:
-        exact_T = exact_logprobs(problem)
-        return lambda result: {"logprob": float(((result[0].double() - exact_T).abs() / (1 + exact_T.abs())).max())}
-
-    return Op("linear_logprob", scoring_contenders(device), 1, errors)
-
-
-OPS: dict[str, Callable[[str, list[int]], Op]] = {
-    "linear_grpo_loss": linear_grpo_loss,
-    "linear_logprob": linear_logprob,
-}
-
-
-def benchmark(
-    op: Op, problem: Problem, repetitions: int, check_rows: int | None, tick: Callable[[str], None]
-) -> list[Row]:
-    """A row per contender. check_rows: hold against fp64 about so many rows; None: all, unless that takes too long."""
-    flops = 6.0 * problem.shape.T * problem.shape.D * problem.shape.V
-    if check_rows is None:
-        check_rows = int(problem.shape.T * min(1.0, _CHECK_FLOPS[problem.device.type] / flops))
-    part = problem.head(check_rows) if check_rows < problem.shape.T else problem
-    if "torch._dynamo" in sys.modules:
-        torch._dynamo.reset()  # shapes of an earlier problem would make compiled code general, and slower
-    against = op.errors(part)
-    rows, runs = [], {}
-    for contender in op.contenders:
-        tick(contender.name)
-        row = Row(op.name, str(problem.shape), contender.name, workspace_bytes=contender.workspace_bytes)
-        rows.append(row)
-        run = _prepared(contender, problem, part, against, row)
-        if run is not None:
-            runs[contender.name] = run
-        elif problem.device.type == "cuda":
-            torch.cuda.empty_cache()  # what one that ran out of memory has left
-    times = interleaved({report.FLOOR: gemms(problem, op.gemms), **runs}, repetitions, problem.device, tick)
-    rows.append(Row(op.name, str(problem.shape), report.FLOOR))
-    for row in rows:
-        if row.contender in times:
-            mine = row.repetitions = times[row.contender]
-            row.seconds, row.floor_share = statistics.median(mine), ratio(times[report.FLOOR], mine)
-            row.ratio_to_ours = ratio(mine, times["ours"]) if "ours" in times else None
-    return rows
-
-
-def _prepared(
-    contender: Contender,
-    problem: Problem,
-    part: Problem,
-    against: Callable[[tuple[Tensor, ...]], dict[str, float]],
-    row: Row,
-) -> Run | None:
-    """What is to be timed, checked and warm; or None, with the reason in the row."""
-
-    def without(status: str, reason: str) -> None:
-        row.status, row.reason = status, reason
-
-    if contender.absent is not None:
-        return without("absent", contender.absent)
-    dtype = problem.hidden_TD.dtype
-    try:
-        run = contender.prepare(part)
-        result = run()
-        row.errors, row.checked_rows = against(result), part.shape.T
-        allowed = contender.allowed_error[dtype]
-        if not all(error <= allowed for error in row.errors.values()):  # NaN is no error that is allowed
-            return without("refused", f"wrong result: an error is above {allowed:g}")
-        if part is not problem:
-            run = contender.prepare(problem)
-            result = run()  # compiles for this shape
-        row.rows_computed = result[1].numel() // problem.shape.D if len(result) > 1 else problem.shape.T
-        kept = tensor_bytes(result)
-        del result
-        row.peak_extra_bytes = peak_bytes(run, problem.device) - kept
-        if contender.promise is not None:
-            row.promised_extra_bytes = contender.promise(problem)
-            if row.peak_extra_bytes > row.promised_extra_bytes:
-                row.reason = f"takes more memory than the {row.promised_extra_bytes / 2**20:.1f} MiB it promises"
-        return run
-    except ModuleNotFoundError as error:
-        return without("absent", f"{error.name} is not installed: pip install '.[bench]'")
-    except Exception as error:  # whatever a library raises is a row, and the others go on
-        text = str(error).strip().splitlines() or [""]
-        return without("failed", f"{type(error).__name__}: {text[0][:200]}")
+def cases(options: argparse.Namespace, device: torch.device) -> list[Case]:
+    """What the command line asks for."""
+    made = []
+    workspaces = [mib * 2**20 for mib in options.workspaces]
+    for shape in options.shapes:
+        ops = {"linear_grpo_loss": partial(loss_op, workspaces=workspaces), "linear_logprob": scoring_op}
+        rounds = [[ops[name](shape, device.type)] for name in HEAD_OPS if name in options.op]
+        make = partial(make_problem, shape, device, options.dtype, options.groups, options.responses)
+        made.append(Case(str(shape), make, rounds, {"groups": options.groups, "responses": options.responses}))
+    for heads, packing in options.attention:
+        rounds = []
+        if "packed_attention" in options.op:
+            rounds.append(attention_ops(heads, packing, device.type))
+        if "layout" in options.op:
+            rounds.append([layout_op(packing, device.type)])
+        make = partial(make_attention, heads, packing, device, options.dtype)
+        facts = {"tokens": packing.num_tokens, "pairs": packing.pairs}
+        made.append(Case(f"{heads} {packing.text}", make, rounds, facts))
+    if options.contenders:
+        for op in (op for case in made for ops in case.rounds for op in ops):
+            op.contenders[:] = [c for c in op.contenders if c.name.startswith(tuple(options.contenders))]
+    for case in made:
+        case.rounds[:] = [ops for ops in case.rounds if any(op.contenders for op in ops)]
+    return [case for case in made if case.rounds]
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -210,29 +106,32 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         epilog=_COLUMNS,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    parser.add_argument("--op", nargs="+", choices=list(OPS), default=list(OPS), help="what to measure; all")
+    names, device = HEAD_OPS + ATTENTION_OPS, "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--op", nargs="+", choices=names, default=names, help="what to measure; all")
     defaults = "; ".join(f"{name}: {' '.join(texts)}" for name, texts in SHAPES.items())
     parser.add_argument("--shapes", nargs="+", metavar="TxDxV", help=f"rows x hidden x vocabulary; {defaults}")
+    defaults = "; ".join(f"{name}: {' '.join(texts)}" for name, texts in LAYOUTS.items())
+    layouts = "lengths for attention: SxL (sequences x length), mixed:shortest-longest:total, groups:PxGxR or PxGxRxN"
+    parser.add_argument("--layouts", nargs="+", metavar="TEXT", help=f"{layouts} (N groups); {defaults}")
+    defaults = "; ".join(f"{name}: {text}" for name, text in HEADS.items())
+    parser.add_argument(
+        "--heads", nargs="+", metavar="H/JxK", help=f"query / key heads x size, of values /size; {defaults}"
+    )
     parser.add_argument("--device", choices=["cpu", "cuda"], default=device, help=f"here: {device}")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="cpu: float32; cuda: bfloat16")
     parser.add_argument("--contenders", nargs="+", metavar="TEXT", help="those whose name begins so, such as ours")
-    parser.add_argument("--workspaces", nargs="*", type=int, metavar="MIB", help="of ours, beside its default")
+    parser.add_argument("--workspaces", nargs="*", type=int, metavar="MIB", help="of our loss, beside its default")
     parser.add_argument("--repetitions", type=int, help="of each contender; cpu: 5, cuda: 20")
     parser.add_argument("--check-rows", type=int, help="how many rows to hold against fp64; as many as it can")
-    parser.add_argument("--groups", type=int, default=2, help="prompts; 2")
-    parser.add_argument("--responses", type=int, default=8, help="responses per prompt; 8")
+    parser.add_argument("--groups", type=int, default=2, help="prompts of the loss; 2")
+    parser.add_argument("--responses", type=int, default=8, help="responses per prompt of the loss; 8")
     parser.add_argument("--out", type=Path, help="folder or .jsonl; benchmarks/results. A .png goes beside it")
     parser.add_argument("--quick", action="store_true", help="a tiny shape, to see that everything runs")
     parser.add_argument("--quiet", action="store_true", help="no progress")
     options = parser.parse_args(arguments)
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: this machine, or this build of PyTorch, has no CUDA device; use --device cpu")
-    shapes = options.shapes or (["128x64x1024"] if options.quick else SHAPES[options.device])
-    try:
-        options.shapes = [Shape.parse(text) for text in shapes]
-    except ValueError as error:
-        parser.error(f"--shapes: {error}")
+    _set_problems(parser, options)
     options.repetitions = options.repetitions or (2 if options.quick else {"cpu": 5, "cuda": 20}[options.device])
     if options.workspaces is None:
         options.workspaces = [1] if options.quick else SWEEP[options.device]
@@ -240,40 +139,49 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     return options
 
 
+def _set_problems(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
+    """`shapes` for the head's ops and `attention`, pairs of heads and lengths; empty where they are not asked for."""
+    shapes = options.shapes or (["128x64x1024"] if options.quick else SHAPES[options.device])
+    layouts = options.layouts or (["groups:24x3x20x2"] if options.quick else LAYOUTS[options.device])
+    pairs = [(heads, layout) for heads in options.heads or [HEADS[options.device]] for layout in layouts]
+    if options.device == "cpu" and not options.heads:
+        pairs = [QUICKSTART if layout == QUICKSTART[1] else (heads, layout) for heads, layout in pairs]
+
+    def parsed(option: str, parse: Callable[[str], Any], texts: list[str]) -> list[Any]:
+        try:
+            return [parse(text) for text in texts]
+        except ValueError as error:
+            parser.error(f"{option}: {error}")
+
+    options.shapes = parsed("--shapes", Shape.parse, shapes if {*HEAD_OPS} & {*options.op} else [])
+    pairs = pairs if {*ATTENTION_OPS} & {*options.op} else []
+    heads = parsed("--heads", Heads.parse, [heads for heads, _ in pairs])
+    layouts = parsed("--layouts", Packing.parse, [layout for _, layout in pairs])
+    options.attention = list(zip(heads, layouts, strict=True))
+
+
 def main(arguments: Sequence[str] | None = None) -> Path:
     """Measure, print a table, write the rows and the plot; returns the path of the rows."""
     options = parse_arguments(arguments)
     device = torch.device(options.device)
-    ops = [OPS[name](options.device, [mib * 2**20 for mib in options.workspaces]) for name in options.op]
-    if options.contenders:
-        for op in ops:
-            op.contenders[:] = [c for c in op.contenders if c.name.startswith(tuple(options.contenders))]
-        ops = [op for op in ops if op.contenders]
-    work = {(op.name, shape): float(shape.T * shape.D * shape.V * op.gemms) for op in ops for shape in options.shapes}
-    steps = {op.name: len(op.contenders) * (_PREPARATION + options.repetitions) for op in ops}
-    total = sum(work[op.name, shape] * steps[op.name] for op in ops for shape in options.shapes)
+    asked = cases(options, device)
+    total = sum(total_work(ops, options.repetitions) for case in asked for ops in case.rounds)
     progress = Progress(total, options.quiet)
     common = report.environment(device) | {
         "dtype": str(options.dtype).removeprefix("torch."),
-        "groups": options.groups,
-        "responses": options.responses,
         "clock": clock(device),
         "memory_meter": METERS[options.device],
     }
-    path, written = report.path(options.out, common), []
+    everything = len(options.op) == len(HEAD_OPS + ATTENTION_OPS)
+    path, written = report.path(options.out, common, "ops" if everything else "-".join(options.op)), []
     with on(device):
-        for shape in options.shapes:
-            problem = make_problem(shape, device, options.dtype, options.groups, options.responses)
-            for op in ops:
-                each = work[op.name, shape]
-
-                def tick(text: str, op: Op = op, shape: Shape = shape, each: float = each) -> None:
-                    runs = len(op.contenders) if text.startswith("repetition") else _PREPARATION
-                    progress.tick(each * runs, f"{op.name} {shape}: {text}")
-
-                rows = benchmark(op, problem, options.repetitions, options.check_rows, tick)
-                print(report.table([asdict(row) for row in rows]), flush=True)
-                written += [common | asdict(row) for row in rows]
+        for case in asked:
+            problem = case.make()
+            for ops in case.rounds:
+                rows = benchmark(ops, case.shape, problem, options.repetitions, options.check_rows, progress.tick)
+                for op in ops:
+                    print(report.table([asdict(row) for row in rows if row.op == op.name]), flush=True)
+                written += [common | case.facts | asdict(row) for row in rows]
                 report.write(written, path)  # whatever stops a long run
     report.draw(written, path.with_suffix(".png"))
     return path

@@ -40,6 +40,11 @@ class Shape:
             raise ValueError(f"a shape is TxDxV, rows x hidden x vocabulary, such as 1024x512x50257; got {text!r}")
         return cls(*map(int, parts))
 
+    @property
+    def gemm_flops(self) -> float:
+        """Of one product of this shape."""
+        return 2.0 * self.T * self.D * self.V
+
     def __str__(self) -> str:
         return f"{self.T}x{self.D}x{self.V}"
 
@@ -74,6 +79,14 @@ class Problem:
     @property
     def device(self) -> torch.device:
         return self.hidden_TD.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.hidden_TD.dtype
+
+    @property
+    def num_rows(self) -> int:
+        return len(self.hidden_TD)
 
     @property
     def response_cu(self) -> Tensor:

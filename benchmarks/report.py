@@ -9,18 +9,21 @@ import os
 import platform
 import re
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from benchmarks.compare import FLOOR
 from triton_kernels import implementations
 
 RESULTS = Path(__file__).parent / "results"
-FLOOR = "GEMMs alone"
-"""The row of the GEMMs that nobody can avoid."""
-_PACKAGES = ("torch", "triton", "liger-kernel", "cut-cross-entropy")
-_SERVING = ("logit_stats", "logit_gradient", "policy_logits", "linear_logprob_fwd", "grpo_loss")
+_PACKAGES = ("torch", "triton", "liger-kernel", "cut-cross-entropy", "flash-attn", "flash-attn-3")
+_SERVING = (
+    "logit_stats", "logit_gradient", "policy_logits", "linear_logprob_fwd", "grpo_loss",
+    "packed_attention_fwd", "packed_attention_bwd",
+)  # fmt: skip
 
 
 def environment(device: torch.device) -> dict[str, Any]:
@@ -66,36 +69,36 @@ def _version(package: str) -> str | None:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """For the terminal: one op at one shape."""
-    lines = [("contender", "ms", "x ours", "of floor", "extra MiB", "errors, or why there is no time")]
+    """For the terminal: one op at one shape, without the columns that are empty."""
+    columns: list[tuple[str, str, Callable[[float], str]]] = [
+        ("ms", "seconds", lambda x: f"{1e3 * x:.2f}"),
+        ("x ours", "ratio_to_ours", lambda x: f"{x:.2f}"),
+        ("of floor", "floor_share", lambda x: f"{100 * x:.0f} %"),
+        ("TFLOP/s", "tflops", lambda x: f"{x:.3g}"),
+        ("of peak", "peak_share", lambda x: f"{100 * x:.0f} %"),
+        ("extra MiB", "peak_extra_bytes", lambda x: f"{x / 2**20:.1f}"),
+    ]
+    columns = [column for column in columns if any(row[column[1]] is not None for row in rows)]
+    lines = [("contender", *(title for title, _, _ in columns), "errors, or why there is no time")]
     for row in rows:
         errors = ", ".join(f"{name} {error:.1e}" for name, error in row["errors"].items())
-        extra = row["peak_extra_bytes"]
         note = row["reason"] if row["status"] == "measured" else f"{row['status']}: {row['reason']}"
-        lines.append(
-            (
-                row["contender"],
-                f"{1e3 * row['seconds']:.1f}" if row["seconds"] is not None else "-",
-                f"{row['ratio_to_ours']:.2f}" if row["ratio_to_ours"] is not None else "-",
-                f"{100 * row['floor_share']:.0f} %" if row["floor_share"] is not None else "-",
-                f"{extra / 2**20:.1f}" if extra is not None else "-",
-                "; ".join(part for part in (note, errors) if part),
-            )
-        )
-    widths = [max(len(line[i]) for line in lines) for i in range(5)]
+        cells = ("-" if row[key] is None else text(row[key]) for _, key, text in columns)
+        lines.append((row["contender"], *cells, "; ".join(part for part in (note, errors) if part)))
+    widths = [max(len(line[i]) for line in lines) for i in range(len(columns) + 1)]
     body = (
-        "  ".join([line[0].ljust(widths[0]), *(line[i].rjust(widths[i]) for i in range(1, 5)), line[5]])
+        "  ".join([line[0].ljust(widths[0]), *(line[i].rjust(widths[i]) for i in range(1, len(widths))), line[-1]])
         for line in lines
     )
     return "\n".join([f"\n{rows[0]['op']} {rows[0]['shape']}", *body])
 
 
-def path(out: Path | None, common: dict[str, Any]) -> Path:
-    """Where the rows go: `out` as it is where it ends in .jsonl, else a file of the device and date in that folder."""
+def path(out: Path | None, common: dict[str, Any], name: str) -> Path:
+    """Where the rows go: `out` as it is where it ends in .jsonl, else a file in it of name, device and date."""
     out = RESULTS if out is None else out
     if out.suffix != ".jsonl":
         device = re.sub(r"[^a-z0-9]+", "-", common["device"].lower()).strip("-")
-        out = out / f"ops-{device}-{common['date'][:10]}.jsonl"
+        out = out / f"{name}-{device}-{common['date'][:10]}.jsonl"
     out.parent.mkdir(parents=True, exist_ok=True)
     return out
 
@@ -126,19 +129,16 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
     for (time_axis, memory_axis, sweep_axis), panel in zip(axes, panels, strict=False):
         here = [row for row in timed if (row["op"], row["shape"]) == panel]
         bars = [row for row in here if row["workspace_bytes"] is None and row["ratio_to_ours"] is not None][::-1]
+        names = [row["contender"] for row in bars]
         kinds = {"ours": "tab:orange", FLOOR: "tab:gray"}
-        time_axis.barh(
-            [row["contender"] for row in bars],
-            [row["ratio_to_ours"] for row in bars],
-            color=[kinds.get(row["contender"], "tab:blue") for row in bars],
-        )
+        color = [kinds.get(name.split(",")[0], "tab:blue") for name in names]
+        time_axis.barh(names, [row["ratio_to_ours"] for row in bars], color=color)
         time_axis.set_title(f"{panel[0]}\n{panel[1]}: time, ours = 1")
-        memory_axis.barh(
-            [row["contender"] for row in bars],
-            [(row["peak_extra_bytes"] or 0) / 2**20 for row in bars],
-            color=[kinds.get(row["contender"], "tab:blue") for row in bars],
-        )
-        memory_axis.set(title="memory beside inputs and results, MiB", yticklabels=[])
+        if any(row["peak_extra_bytes"] for row in bars):
+            memory_axis.barh(names, [(row["peak_extra_bytes"] or 0) / 2**20 for row in bars], color=color)
+            memory_axis.set(title="memory beside inputs and results, MiB", yticklabels=[])
+        else:
+            memory_axis.set_axis_off()
         sweep = sorted((row["workspace_bytes"], row["ratio_to_ours"]) for row in here if row["workspace_bytes"])
         if sweep:
             sweep_axis.plot([x / 2**20 for x, _ in sweep], [y for _, y in sweep], "o-", color="tab:orange")
