@@ -55,6 +55,8 @@ class ModelConfig:
     """Type of weights and activations; statistics and accumulation are fp32 in any case."""
     layers: Literal["auto", "local", "transformer_engine"] = "auto"
     """Layer implementation; auto takes Transformer Engine where it is installed and the device is CUDA."""
+    attention: Literal["dsm", "flash"] = "dsm"
+    """Core attention of training and scoring: this project's, or flash-attn's where it is installed (bf16 on CUDA)."""
     logits_mib: int | None = None
     """Memory that the logits of a chunk of tokens may take on a rank, in MiB; none: 64 on the CPU, 2048 on a GPU."""
     recompute: bool = False
@@ -266,6 +268,8 @@ class RunConfig:
     """Seed of weights, data order and sampling."""
     max_tokens: int = 16384
     """Token budget of a micro-batch on one rank."""
+    share_prompts: bool = True
+    """Store and compute the prompt of a group once in a micro-batch, not once per response."""
     threads: int = 0
     """CPU threads per rank; 0: the machine's cores divided by the ranks on it."""
 

@@ -9,19 +9,20 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
 import torch
-from torch import Tensor
 
 from dsm_train.cli import to_yaml, user_errors
 from dsm_train.config import OptimConfig, ParallelConfig, SamplingConfig
 from dsm_train.data import Task, Tokenizer
 from dsm_train.data.source import Tasks, load_tasks, make_tokenizer, solved
 from dsm_train.eval.evaluate import Evaluator
+from dsm_train.load import Load, estimated_cost
 from dsm_train.megatron import parallel, platform, weights
+from dsm_train.megatron.flash import core_attention
 from dsm_train.megatron.model import HiddenGPTModel, build_model, padded_vocab, uses_transformer_engine
 from dsm_train.megatron.parallel import Parallel
 from dsm_train.megatron.step import Model, TrainableModel, adam_implementation
 from dsm_train.metrics import Metrics, Progress, Samples, prepare_output
-from dsm_train.packing import MicroBatch, estimated_cost, pack
+from dsm_train.packing import MicroBatch, pack, repeat_prompts
 from dsm_train.report import startup_table
 from dsm_train.rollout.embedded import EmbeddedEngine
 from dsm_train.stages import StageConfig
@@ -81,15 +82,20 @@ class Run:
         total = self.parallel.all_reduce(torch.tensor(list(values.values()), dtype=torch.float64))
         return dict(zip(values, (total / self.parallel.world_size).tolist(), strict=True))
 
-    def cost(self, sequences: Sequences) -> Tensor:
-        """Estimated cost of a training step on each sequence [S]."""
-        return estimated_cost(sequences, self.config.model, self.tokenizer.vocab_size)
+    def cost(self, sequences: Sequences) -> Load:
+        """Estimated cost of a training step on the responses."""
+        return estimated_cost(self._grouped(sequences), self.config.model, self.tokenizer.vocab_size)
 
     def pack(self, sequences: Sequences) -> list[MicroBatch]:
         """Micro-batches of this replica, of even cost, in a number that the pipeline's schedule takes."""
         layout, max_tokens = self.config.parallel, self.config.run.max_tokens
         rounds = layout.pp if layout.vpp > 1 else 1  # the interleaved schedule works in rounds of as many as stages
-        return pack(sequences, max_tokens, self.device, cost_S=self.cost(sequences), multiple=rounds)
+        grouped, cost = self._grouped(sequences), self.cost(sequences)
+        return pack(grouped, max_tokens, self.device, cost=cost, multiple=rounds)
+
+    def _grouped(self, sequences: Sequences) -> Sequences:
+        """The sequences in the groups that share a prompt."""
+        return sequences if self.config.run.share_prompts else repeat_prompts(sequences)
 
     def engine(self, model: Model) -> EmbeddedEngine:
         """The embedded generator on the model's live weights."""
@@ -166,6 +172,7 @@ def prepare(config: StageConfig, sampling: SamplingConfig | None) -> Prepared:
     if config.run.init is not None:
         weights.check_vocabulary(config.run.init, tokenizer.vocab_size)
     uses_transformer_engine(config.model)
+    core_attention(config.model)
     return Prepared(config, tasks, tokenizer)
 
 
@@ -260,7 +267,7 @@ def served_by(config: StageConfig, layout: Parallel, threads: int) -> list[tuple
         ("device", f"{device}, {config.model.dtype}, {threads} thread(s)"),
         ("layout", place),
         ("transformer layers", "Transformer Engine" if engine else "megatron-core, local"),
-        ("core attention", "dsm packed_attention"),
+        ("core attention", core_attention(config.model)),
         ("norms", "Transformer Engine" if engine else "PyTorch rms_norm"),
         ("optimizer", adam_implementation()),
         ("rollouts", "embedded generator"),

@@ -132,7 +132,7 @@ class VerifyStepConfig(StageConfig):
     reference_layout: str | None = None
     """Compare with this layout of all ranks (tp=1,pp=2) rather than with one rank alone."""
     shuffle: bool = False
-    """Pack the responses in another order in the layout that is verified."""
+    """Pack groups, and the responses of each, in another order in the layout that is verified."""
     algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)
     """Algorithm."""
     sampling: SamplingConfig = field(default_factory=SamplingConfig)

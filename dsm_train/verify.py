@@ -17,7 +17,7 @@ from torch import Tensor
 from dsm_train.balance import balance
 from dsm_train.cli import parse_section, user_errors
 from dsm_train.comparison import TOLERANCES, Step, Tolerance, compare, table
-from dsm_train.config import ModelConfig, ParallelConfig
+from dsm_train.config import ModelConfig, ParallelConfig, RunConfig
 from dsm_train.grpo import Algorithm, algorithm, token_rows
 from dsm_train.megatron import parallel, weights
 from dsm_train.megatron.model import padded_vocab
@@ -29,7 +29,7 @@ from dsm_train.rollout.record import read_rollouts
 from dsm_train.rollout.synthetic import offset_logprobs, synthetic_rollouts
 from dsm_train.run import Prepared, Run, prepare
 from dsm_train.stages import VerifyStepConfig
-from dsm_train.types import Rollouts
+from dsm_train.types import Rollouts, Sequences
 from dsm_train.update import Rows, policy_loss, whole_step
 from triton_kernels import LinearGrpoLoss, Objective, grpo_loss, token_kl
 
@@ -69,10 +69,20 @@ class Job:
         """How far two layouts may be apart, by the type of weights and activations."""
         return TOLERANCES[self.config.model.dtype]
 
-    def run(self, layout: Parallel, max_tokens: int | None = None) -> Run:
-        """The run in a layout, under another token budget where one is given."""
-        budget = replace(self.config.run, max_tokens=max_tokens or self.config.run.max_tokens)
-        config = replace(self.config, parallel=layout.config, run=budget)
+    def run(self, layout: Parallel) -> Run:
+        """The run that is verified."""
+        return self._run(layout, self.config.run)
+
+    def reference_run(self, layout: Parallel, rollouts: Rollouts) -> Run:
+        """The run to compare with: prompts repeated, and micro-batches half as large.
+
+        So whatever depends on their number, or goes wrong where responses share a prompt, shows.
+        """
+        budget = half_budget(rollouts, self.config.run.max_tokens)
+        return self._run(layout, replace(self.config.run, max_tokens=budget, share_prompts=False))
+
+    def _run(self, layout: Parallel, how: RunConfig) -> Run:
+        config = replace(self.config, parallel=layout.config, run=how)
         return Run(config, self.prepared.tasks, self.prepared.tokenizer, layout, Metrics(None), Samples(None))
 
     def titles(self, layout: Parallel) -> tuple[str, str]:
@@ -124,7 +134,8 @@ def check_batch_fits(rollouts: Rollouts, config: VerifyStepConfig, objective: Ob
             f"{name} has tokens from {int(tokens.min())} to {int(tokens.max())}, and the tokenizer {vocab_size}: "
             "give the configuration and run.init that it was recorded with"
         )
-    longest = int((sequence_lengths(sequences) + 1).max())
+    prompt_S = sequences.prompt_cu.diff()[sequences.prompt_of_response_S]
+    longest = int((prompt_S + sequences.response_cu.diff()).max())
     for limit, most in (("model.max_length", config.model.max_length), ("run.max_tokens", config.run.max_tokens)):
         if longest > most:
             raise ValueError(f"{name} has a sequence of {longest} tokens: raise {limit} = {most}")
@@ -142,17 +153,14 @@ def step_here(run: Run, algo: Algorithm, rollouts: Rollouts) -> tuple[Step | Non
 
 
 def step_there(job: Job, here: Parallel, rollouts: Rollouts) -> Step | None:
-    """The step in the reference layout, which takes the place of `here`; None but on the main rank.
-
-    Its micro-batches are half as large, so that whatever depends on their number shows.
-    """
+    """The step in the reference layout, which takes the place of `here`; None but on the main rank."""
     seed = job.config.run.seed
     parallel.stop(here, keep_ranks=job.reference is not None)
     if job.reference is None and not here.is_main:
         return None
     gc.collect()  # the first model, which its configuration and its optimizer hold in a cycle
     layout = parallel.start(job.reference or ParallelConfig(), seed, alone=job.reference is None)
-    run = job.run(layout, half_budget(rollouts, job.config.run.max_tokens))
+    run = job.reference_run(layout, rollouts)
     with layout.watchdog.failures():
         step = replay(run, run.trainable(job.config.optim, 1), job.algorithm, rollouts)
     parallel.stop(layout)
@@ -160,7 +168,7 @@ def step_there(job: Job, here: Parallel, rollouts: Rollouts) -> Step | None:
 
 
 def half_budget(rollouts: Rollouts, max_tokens: int) -> int:
-    """Half the tokens of a micro-batch, or those of the longest sequence: never all of the batch in one."""
+    """Half the tokens of a micro-batch, or those of the longest sequence: never all of the batch, repeated, in one."""
     length_S = sequence_lengths(rollouts.sequences)
     return max(min(max_tokens, int(length_S.sum())) // 2, int(length_S.max()))
 
@@ -178,8 +186,7 @@ def replay(
     sequences, rows = token_rows(mine, algo, 1, config.sampling.max_new_tokens, layout)[0]
     sequences, rows = balance(sequences, rows, run.cost(sequences), layout)
     if shuffle:
-        generator = torch.Generator().manual_seed(config.run.seed)
-        order_S = torch.randperm(sequences.num_responses, generator=generator)
+        order_S = shuffled(sequences, config.run.seed)
         sequences, rows = sequences.take(order_S), rows.take(sequences.rows_of(order_S))
     micro_batches = run.pack(sequences)
     before = weights.gather_full(model.chunks, layout)
@@ -207,6 +214,14 @@ def replay(
         near_edge=round(near_edge),
     )
     return step if layout.is_main else None
+
+
+def shuffled(sequences: Sequences, seed: int) -> Tensor:
+    """Groups in another order, and in each its responses [S]: they share their prompt as before."""
+    generator = torch.Generator().manual_seed(seed)
+    order_S = torch.randperm(sequences.num_responses, generator=generator)
+    place_P = torch.randperm(sequences.num_prompts, generator=generator)
+    return order_S[torch.argsort(place_P[sequences.prompt_of_response_S[order_S]], stable=True)]
 
 
 def share(rollouts: Rollouts, rank: int, size: int) -> Rollouts:

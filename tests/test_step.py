@@ -6,6 +6,7 @@ S responses, T response tokens, D hidden, V vocabulary.
 from __future__ import annotations
 
 import math
+import random
 from collections.abc import Mapping
 from dataclasses import replace
 
@@ -19,8 +20,8 @@ from dsm_train.grpo import token_weights
 from dsm_train.megatron import platform, weights
 from dsm_train.megatron.parallel import Parallel
 from dsm_train.megatron.step import Head, Loss, TrainableModel
-from dsm_train.packing import MicroBatch, pack
-from dsm_train.types import Sequences
+from dsm_train.packing import MicroBatch, pack, repeat_prompts
+from dsm_train.types import Sequences, offsets
 from dsm_train.update import Rows, optimizer_step, policy_loss, step_metrics, supervised_loss
 from triton_kernels import LossOutput, LossStats, Objective
 
@@ -91,15 +92,20 @@ def problem(request: pytest.FixtureRequest, layout: Parallel) -> tuple[ModelConf
     return config, rows, float(loss.detach()), gradient
 
 
+@pytest.mark.parametrize("sequences", [SEQUENCES, repeat_prompts(SEQUENCES)], ids=["shared prompts", "repeated"])
 @pytest.mark.parametrize("max_tokens", [1000, 16], ids=["one micro-batch", "several"])
 def test_gradients_are_the_papers(
-    problem: tuple[ModelConfig, Rows, float, dict[str, Tensor]], max_tokens: int, layout: Parallel
+    problem: tuple[ModelConfig, Rows, float, dict[str, Tensor]],
+    max_tokens: int,
+    sequences: Sequences,
+    layout: Parallel,
 ) -> None:
-    """Nobody divides: not by micro-batches, not by tokens, not by ranks."""
+    """Nobody divides: not by micro-batches, not by tokens, not by ranks, not by responses that share a prompt."""
     config, rows, loss, gradient = problem
     policy = tiny.trainable(layout, config)
-    micro_batches = pack(SEQUENCES, max_tokens, platform.device())
+    micro_batches = pack(sequences, max_tokens, platform.device())
     assert (len(micro_batches) == 1) == (max_tokens == 1000)
+    assert any(batch.layout.shares_prompts for batch in micro_batches) == (sequences is SEQUENCES)
     outputs = policy.forward_backward(micro_batches, policy_loss(rows, OBJECTIVE, TEMPERATURE))
     assert sum(float(out.loss.detach()) for out in outputs) == pytest.approx(loss, rel=1e-5)
     got = tiny.llama_names(config, main_gradients(policy))
@@ -107,6 +113,36 @@ def test_gradients_are_the_papers(
     # a second pass over the same batch starts from zero
     policy.forward_backward(micro_batches, policy_loss(rows, OBJECTIVE, TEMPERATURE))
     assert relative_error(tiny.llama_names(config, main_gradients(policy)), gradient) < 1e-5
+
+
+@pytest.mark.parametrize("max_tokens", [1000, 25], ids=["one micro-batch", "several"])
+@pytest.mark.parametrize("config", [tiny.MODEL, replace(tiny.MODEL, recompute=True)], ids=["kept", "recomputed"])
+def test_shared_and_repeated_prompts_are_the_same_step(config: ModelConfig, max_tokens: int, layout: Parallel) -> None:
+    """Groups of 7, 1, 2 and 8, the last larger than a micro-batch; log-probabilities, loss and every gradient."""
+    sizes, rng = [7, 1, 2, 8], random.Random(0)
+    lengths = [rng.choice([0, 1, 2, 5, 9]) for _ in range(sum(sizes))]
+    prompts, responses = (
+        [[rng.randrange(tiny.VOCAB) for _ in range(n)] for n in counts] for counts in ([9, 4, 6, 12], lengths)
+    )
+    sequences = replace(Sequences.from_lists(prompts, responses), group_cu=offsets(sizes))
+    rows, generator = sum(lengths), torch.Generator().manual_seed(0)
+    logprob_T = tiny.model(layout, config).logprobs(pack(sequences, 1000, platform.device()), rows, TEMPERATURE)
+    old_T, ref_T, advantage_T = 0.3 * torch.randn(3, rows, generator=generator)
+    given = Rows(torch.rand(rows, generator=generator), 10 * advantage_T, logprob_T + old_T, logprob_T + ref_T)
+    losses, gradients, logprobs = [], [], []
+    for grouped in (sequences, repeat_prompts(sequences)):
+        micro_batches, policy = pack(grouped, max_tokens, platform.device()), tiny.trainable(layout, config)
+        assert (len(micro_batches) == 1) == (max_tokens == 1000)
+        assert any(batch.layout.shares_prompts for batch in micro_batches) == (grouped is sequences)
+        logprobs.append(policy.logprobs(micro_batches, rows, TEMPERATURE))
+        outputs = policy.forward_backward(micro_batches, policy_loss(given, OBJECTIVE, TEMPERATURE))
+        losses.append(sum(float(out.loss.detach()) for out in outputs))
+        gradients.append(main_gradients(policy))
+    torch.testing.assert_close(*logprobs, rtol=1e-5, atol=1e-5)
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    assert relative_error(*gradients) < 2e-6
+    for name, gradient in gradients[1].items():
+        assert relative_error({name: gradients[0][name]}, {name: gradient}) < 1e-5, name
 
 
 def test_supervised_gradients_are_cross_entropys(layout: Parallel) -> None:

@@ -23,6 +23,7 @@ from torch.distributed import ProcessGroup
 
 from dsm_train.config import ModelConfig, OptimConfig
 from dsm_train.megatron import weights
+from dsm_train.megatron.flash import FlashAttend
 from dsm_train.megatron.layers import Attend, PackedAttend
 from dsm_train.megatron.model import HiddenGPTModel, forward_hidden, local_length, whole_sequence
 from dsm_train.megatron.parallel import Parallel
@@ -58,6 +59,7 @@ class Model:
         """vocab_size: the tokenizer's; the weights may be padded beyond it."""
         self.config, self.vocab_size, self.parallel = config, vocab_size, parallel
         self.chunks = list(chunks)
+        self.attend = FlashAttend if config.attention == "flash" else PackedAttend
         bf16 = config.dtype == "bf16"
         self.modules: list[Any] = [Float16Module(c.config, c) if bf16 else c for c in chunks]
 
@@ -72,7 +74,7 @@ class Model:
         def forward_step(batches: Any, module: torch.nn.Module) -> tuple[Tensor, Callable[..., Any]]:
             self.parallel.watchdog.beat()
             batch: MicroBatch = next(batches)
-            output = forward_hidden(module, self.config, batch.token_N, batch.position_N, PackedAttend(batch.layout))
+            output = forward_hidden(module, self.config, batch.token_N, batch.position_N, self.attend(batch.layout))
             return output, partial(self._loss_function, loss_of, batch)
 
         iterators = [iter(micro_batches) for _ in self.modules]
@@ -93,7 +95,7 @@ class Model:
         """Megatron's loss function: (sum, 0 tokens, output), so that nothing is divided after us."""
         hidden_ND, tp = whole_sequence(output, self.chunks[-1].config), self.parallel.groups.tp
         head = Head(
-            hidden_ND[batch.state_T],
+            batch.states.gather(hidden_ND),
             self.head_weight(),
             tp if tp.size() > 1 else None,
             reduce_dx=not self.parallel.config.sp,

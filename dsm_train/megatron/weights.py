@@ -29,7 +29,7 @@ WEIGHTS_FILE = "model.safetensors"
 MODEL_FILE = "model.json"
 VOCABULARY_WEIGHTS = ("embedding.word_embeddings.weight", "output_layer.weight")
 """Weights with a row per token."""
-_AS_GIVEN = ("layers", "dtype", "recompute", "logits_mib", "vocab_multiple", "max_length")
+_AS_GIVEN = ("layers", "attention", "dtype", "recompute", "logits_mib", "vocab_multiple", "max_length")
 
 
 def named_weights(chunks: Sequence[HiddenGPTModel]) -> Iterator[tuple[str, torch.nn.Parameter]]:

@@ -17,8 +17,8 @@ import torch.distributed as dist
 from dsm_train.balance import balance
 from dsm_train.config import ParallelConfig
 from dsm_train.grpo import PRESETS, token_rows
+from dsm_train.load import estimated_cost
 from dsm_train.megatron import parallel
-from dsm_train.packing import estimated_cost
 from dsm_train.types import Rollouts, Sequences
 from dsm_train.update import Rows
 
@@ -72,13 +72,15 @@ def main() -> None:
             algo = replace(PRESETS["grpo"], average=average, scale="batch")
             ((sequences, rows),) = token_rows(rollouts, algo, 1, 64, layout)
             work[average] = float(rows.weight_T.sum())
-        cost_S = estimated_cost(sequences, tiny.MODEL, tiny.VOCAB)
-        shared: tuple[Sequences, Rows] = balance(sequences, rows, cost_S, off if name == "off" else layout)
+        cost = estimated_cost(sequences, tiny.MODEL, tiny.VOCAB)
+        shared: tuple[Sequences, Rows] = balance(sequences, rows, cost, off if name == "off" else layout)
+        after = estimated_cost(shared[0], tiny.MODEL, tiny.VOCAB)
         torch.save(
             {
                 "before": (sequences, rows),
                 "after": shared,
-                "cost": (int(cost_S.sum()), int(estimated_cost(shared[0], tiny.MODEL, tiny.VOCAB).sum())),
+                "cost": (cost.total, after.total),
+                "own": (int(cost.own_S.sum()), int(after.own_S.sum())),
                 "weight": work,
                 "advantage_T": rows.advantage_T,
                 "rollouts": rollouts,

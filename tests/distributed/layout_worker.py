@@ -18,7 +18,7 @@ from dsm_train.grpo import token_weights
 from dsm_train.megatron import parallel, weights
 from dsm_train.megatron.parallel import Parallel
 from dsm_train.megatron.step import TrainableModel
-from dsm_train.packing import MicroBatch, pack
+from dsm_train.packing import MicroBatch, pack, repeat_prompts
 from dsm_train.rollout.embedded import EmbeddedEngine
 from dsm_train.types import Prompt, Rollouts, Sequences
 from dsm_train.update import optimizer_step, supervised_loss
@@ -84,6 +84,9 @@ def run(name: str, rank: int, world: int, store: dist.Store, out: Path) -> None:
 
 
 def packed(sequences: Sequences, max_tokens: int, config: ParallelConfig) -> list[MicroBatch]:
+    """On one rank, which the others are compared with, every response has its own copy of the prompt."""
+    if dist.get_world_size() == 1:
+        sequences = repeat_prompts(sequences)
     return pack(sequences, max_tokens, torch.device("cpu"), multiple=config.pp if config.vpp > 1 else 1)
 
 
@@ -98,8 +101,15 @@ def train(policy: TrainableModel, layout: Parallel, max_tokens: int) -> dict[str
     mine = SEQUENCES.take(torch.arange(SEQUENCES.num_responses).chunk(layout.dp_size)[layout.dp_rank])
     weight_T = token_weights(mine.response_cu, "response", SEQUENCES.num_responses, 0, fixed_length=1)
     batches = packed(mine, max_tokens, layout.config)
+    shares = any(batch.layout.shares_prompts for batch in batches)
     step = optimizer_step(policy, batches, supervised_loss(weight_T))
-    return {"loss": step.loss, "grad_norm": step.grad_norm, "lr": step.lr, "sums": step.stats.sums}
+    return {
+        "loss": step.loss,
+        "grad_norm": step.grad_norm,
+        "lr": step.lr,
+        "sums": step.stats.sums,
+        "shares": shares,
+    }
 
 
 def main() -> None:

@@ -1,4 +1,7 @@
-"""Layouts of two and four ranks over gloo against one rank: weights, log-probabilities, rollouts and training steps."""
+"""Layouts of two and four ranks over gloo against one rank: weights, log-probabilities, rollouts and training steps.
+
+The responses of a group share their prompt there, and each has a copy of it on one rank.
+"""
 
 from __future__ import annotations
 
@@ -129,6 +132,7 @@ def test_every_layout_trains_the_same_step(name: str, results: Results) -> None:
             for key in ("loss", "grad_norm", "lr"):
                 assert step[key] == pytest.approx(other[key], rel=1e-5)
             torch.testing.assert_close(step["sums"], other["sums"], rtol=1e-5, atol=1e-5)
+            assert step["shares"] and not other["shares"]
         assert result["copies"] == 0.0
     # AdamW's first steps divide a gradient by its own size, so that rounding counts where the gradient is tiny
     for key, value in expected["trained"].items():

@@ -29,7 +29,7 @@ from dsm_train.rollout.synthetic import offset_logprobs, synthetic_rollouts
 from dsm_train.run import Prepared
 from dsm_train.stages import VerifyStepConfig
 from dsm_train.types import Rollouts
-from dsm_train.verify import Job, half_budget, replay
+from dsm_train.verify import Job, replay
 from triton_kernels import LossOutput
 
 # Not tests/tiny.py's: importing it takes longer than all that is done here.
@@ -62,7 +62,8 @@ class Case:
     layout: ParallelConfig = field(default_factory=ParallelConfig)
     model: str = "plain"
     algorithm: str = "response"
-    max_tokens: int = 90
+    max_tokens: int = 70
+    shares: bool = True
     shuffle: bool = False
     fault: str = ""
 
@@ -84,6 +85,7 @@ TWO_RANKS = {
     "dp_overlap": Case(replace(DP, overlap=True)),
     "dp_distributed": Case(DISTRIBUTED),
     "dp_distributed_overlap_silent": Case(replace(DISTRIBUTED, overlap=True, balance=False)),
+    **{f"{name}_repeated": Case(layout, shares=False) for name, layout in (("sp", SP), ("dp_silent", UNBALANCED))},
     "tp_tied": Case(SP, "tied"),
     "pp_tied": Case(PP, "tied"),
     "dp_tied": Case(DISTRIBUTED, "tied"),
@@ -99,7 +101,7 @@ TWO_RANKS = {
     **{
         f"{name}_{what}": Case(layout, max_tokens=max_tokens, shuffle=what == "shuffled")
         for name, layout in (("tp", TP), ("vpp", VPP), ("dp", DP))
-        for what, max_tokens in (("whole", WHOLE), ("shuffled", 72))
+        for what, max_tokens in (("whole", WHOLE), ("shuffled", 66))
     },
 }
 FOUR_RANKS = {
@@ -121,7 +123,7 @@ ANYWHERE = ("divided", "idle", "rate")
 """What is wrong with the whole step, in any layout alike."""
 FAULTY: dict[int, dict[str, tuple[ParallelConfig, tuple[str, ...]]]] = {
     2: {
-        "tp": (TP, ("rank", *CLASSES)),
+        "tp": (TP, ("rank", "positions", *CLASSES)),
         "sp": (SP, ("rank",)),
         "pp": (PP, ("rank", *CLASSES, *ANYWHERE)),
         "vpp": (VPP, ("rank",)),
@@ -150,11 +152,14 @@ class Tampered(TrainableModel):
     fault = ""
 
     def forward_backward(self, micro_batches: Sequence[MicroBatch], loss: Loss) -> list[LossOutput]:
-        """`divided`: the mean over micro-batches. Otherwise something of the gradient is 1 % too large.
+        """`divided`: the mean over micro-batches. `positions`: a token's is its place in the buffer, which is right up
+        to a constant unless a prompt is shared. Otherwise something of the gradient is 1 % too large.
 
         `share`: rank 1's own, before it is summed over replicas. `rank`: rank 1's, afterwards. Or a class of weights'.
         """
         second = self.parallel.rank == 1
+        if self.fault == "positions":
+            micro_batches = [replace(batch, position_N=torch.arange(len(batch.token_N))) for batch in micro_batches]
 
         def wrong(head: Head, batch: MicroBatch) -> LossOutput:
             out = loss(head, batch)
@@ -180,7 +185,7 @@ class Tampered(TrainableModel):
 def job_of(case: Case) -> Job:
     """The case as `verify-step` would have it."""
     config = VerifyStepConfig(
-        run=RunConfig(max_tokens=case.max_tokens),
+        run=RunConfig(max_tokens=case.max_tokens, share_prompts=case.shares),
         model=MODELS[case.model],
         parallel=case.layout,
         synthetic=True,
@@ -193,10 +198,10 @@ def job_of(case: Case) -> Job:
     return Job(prepared, config, algorithm(config.algorithm), None)
 
 
-def step(case: Case, layout: parallel.Parallel, rollouts: Rollouts, max_tokens: int) -> Step | None:
+def step(case: Case, layout: parallel.Parallel, rollouts: Rollouts, *, reference: bool = False) -> Step | None:
     """The case's step in this layout."""
     job = job_of(case)
-    run = job.run(layout, max_tokens)
+    run = job.reference_run(layout, rollouts) if reference else job.run(layout)
     vocab_size = run.tokenizer.vocab_size
     model = Tampered(job.config.model, vocab_size, run.chunks(), layout, job.config.optim, 1)
     model.fault = case.fault
@@ -214,14 +219,14 @@ def make_references(layout: parallel.Parallel, out: Path) -> None:
     for case in {case.reference: case for case in every}.values():
         rollouts = torch.load(out / f"rollouts-{case.model}.pt", weights_only=False)
         fault = "divided" if case.fault == "divided" else ""
-        alone = replace(case, layout=ParallelConfig(), fault=fault, shuffle=False)
-        torch.save(step(alone, layout, rollouts, half_budget(rollouts, WHOLE)), out / f"reference-{case.reference}.pt")
+        alone = replace(case, layout=ParallelConfig(), fault=fault, shuffle=False, max_tokens=WHOLE)
+        torch.save(step(alone, layout, rollouts, reference=True), out / f"reference-{case.reference}.pt")
 
 
 def check(name: str, case: Case, layout: parallel.Parallel, out: Path) -> None:
     """Compare the case's step with its reference; the main rank writes the lines."""
     rollouts = torch.load(out / f"rollouts-{case.model}.pt", weights_only=False)
-    here = step(case, layout, rollouts, case.max_tokens)
+    here = step(case, layout, rollouts)
     if here is not None:
         there = torch.load(out / f"reference-{case.reference}.pt", weights_only=False)
         lines = compare(here, there, TOLERANCES["fp32"])

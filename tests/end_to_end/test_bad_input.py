@@ -140,6 +140,13 @@ def test_supervised_training_without_solutions(tmp_path: Path, capsys: Capsys) -
         assert "solution" in line and "data.jsonl" in line, line
 
 
+def test_flash_attention_where_it_cannot_serve(tmp_path: Path, capsys: Capsys) -> None:
+    """In fp32 it cannot anywhere."""
+    line = refused(capsys, "grpo", *GRPO, f"run.out={tmp_path / 'run'}", "model.attention=flash")
+    assert "model.attention=flash needs" in line and "set model.attention=dsm" in line
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_read_only_output_folder(tmp_path: Path, capsys: Capsys) -> None:
     tmp_path.chmod(0o555)
     line = refused(capsys, "grpo", *GRPO, f"run.out={tmp_path / 'run'}")

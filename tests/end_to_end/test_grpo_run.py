@@ -163,6 +163,21 @@ def test_reusing_rollouts_compares_with_the_log_probabilities_before(reuse: tupl
         assert step["ratio_max"] > 1.01 and step["ratio_min"] < 0.99
 
 
+def test_sharing_prompts_changes_no_number(tmp_path: Path) -> None:
+    """The first exploration stage, off-policy in its second pass; later ones sample from weights apart by rounding."""
+    shared, repeated = (
+        run_sevens(tmp_path / value, f"run.share_prompts={value}", "algorithm.epochs=2", "steps=1")[0]
+        for value in ("true", "false")
+    )
+    timed = ("step", "rollout_seconds", "score_seconds", "update_seconds", "step_seconds", "tokens_per_second", "phase")
+    assert shared.keys() == repeated.keys()
+    for name in shared.keys() - set(timed):
+        assert shared[name] == pytest.approx(repeated[name], rel=1e-4, abs=1e-6), name
+    # the tokens of all sequences are counted, however they are stored
+    tokens = [row["tokens_per_second"] * row["step_seconds"] for row in (shared, repeated)]
+    assert tokens[0] == pytest.approx(tokens[1])
+
+
 @pytest.mark.parametrize("preset", PRESETS)
 def test_every_preset_runs(preset: str, tmp_path: Path) -> None:
     (step,) = run_sevens(tmp_path / "run", f"algorithm.preset={preset}", "steps=1", "algorithm.epochs=2")

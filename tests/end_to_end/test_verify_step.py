@@ -11,9 +11,12 @@ from commands import GRPO, WARMUP, refused, run, torchrun, write_sevens
 
 from dsm_train import comparison
 from dsm_train.comparison import TOLERANCES, Tolerance
+from dsm_train.config import RunConfig
 from dsm_train.megatron.parallel import Parallel
 from dsm_train.rollout.record import read_rollouts, write_rollouts
 from dsm_train.rollout.synthetic import offset_logprobs, synthetic_rollouts
+from dsm_train.stages import VerifyStepConfig
+from dsm_train.verify import plan, shuffled
 
 BATCH = (
     *(argument for argument in GRPO if not argument.startswith(("steps", "algorithm.p", "algorithm.g"))),
@@ -109,3 +112,26 @@ def test_what_cannot_be_verified_is_one_line(
     ):
         line = refused(capsys, "verify-step", *BATCH, f"run.out={tmp_path}", *arguments)
         assert line.startswith("dsm-train verify-step: ") and message in line
+
+
+@pytest.mark.parametrize("recorded", [True, False])
+def test_prompts_are_shared_in_what_is_verified_and_repeated_in_the_reference(
+    recorded: bool, tmp_path: Path, layout: Parallel
+) -> None:
+    batch = None
+    if recorded:
+        bare = synthetic_rollouts(258, 40, seed=0)
+        batch = tmp_path / "step.parquet"
+        write_rollouts(batch, offset_logprobs(bare, bare.rollout_logprob_T, seed=0), layout)
+    run_config = RunConfig(max_tokens=100, out=tmp_path)
+    for shuffle in (False, True):
+        config = VerifyStepConfig(run=run_config, batch=batch, synthetic=not recorded, shuffle=shuffle)
+        job, rollouts = plan(config)
+        sequences = rollouts.sequences
+        if shuffle:
+            sequences = sequences.take(shuffled(sequences, 0))
+            assert sequences.num_prompts == rollouts.sequences.num_prompts
+            assert not torch.equal(sequences.response_token_T, rollouts.sequences.response_token_T)
+        packed = [run.pack(sequences) for run in (job.run(layout), job.reference_run(layout, rollouts))]
+        here, there = ([batch.layout.shares_prompts for batch in batches] for batches in packed)
+        assert any(here) and not any(there) and len(there) > len(here)
