@@ -125,7 +125,7 @@ def _layout(tokens: Load, prompt_of_S: Tensor, device: torch.device) -> PackedLa
         prompt_P, response_S, group_cu = torch.tensor([1]), torch.tensor([], dtype=torch.int64), offsets([0])
     else:
         group_cu = tokens.group_cu
-    return PackedLayout.from_groups(*(x.to(device) for x in (prompt_P, response_S, group_cu)))
+    return PackedLayout.from_groups(prompt_P, response_S, group_cu, device=device)
 
 
 def pack(

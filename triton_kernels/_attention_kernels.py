@@ -21,8 +21,8 @@ from triton_kernels._triton import tl, triton
 
 _LOG2_E = tl.constexpr(1.4426950408889634)
 
-_jit: Any = functools.partial(triton.jit, do_not_specialize=["T"])
-"""One binary for every number of tokens."""
+_jit: Any = functools.partial(triton.jit, do_not_specialize=["T", "H", "R", "J", "window"])
+"""One binary for every number of tokens and heads, and every window; strides and head sizes tell what is aligned."""
 
 
 @triton.jit
@@ -138,9 +138,9 @@ def attention_forward_kernel(
     """out [T, H, V] and lse [H, T] of one tile of queries. Heads run side by side and share keys in the cache."""
     head = tl.program_id(0) % H
     first, end, start, low, high, shift = tile_of_queries(tiles_ptr, tl.program_id(0) // H, window, BLOCK_Q, HAS_WINDOW)
-    k_ptr += start.to(tl.int64) * k_stride + head // R * k_head
-    v_ptr += start.to(tl.int64) * v_stride + head // R * v_head
-    q_ptr += first.to(tl.int64) * q_stride + head * q_head
+    k_ptr += start.to(tl.int64) * k_stride + (head // R).to(tl.int64) * k_head
+    v_ptr += start.to(tl.int64) * v_stride + (head // R).to(tl.int64) * v_head
+    q_ptr += first.to(tl.int64) * q_stride + head.to(tl.int64) * q_head
     i = tl.arange(0, BLOCK_Q)
     row = first + i
     q, q_second = load_parts(q_ptr, tl.minimum(i, end - first - 1) * q_stride, K, K_FIRST, K_SECOND)
@@ -200,9 +200,9 @@ def attention_dq_kernel(
     """dq [T, H, K] of one tile of queries, and delta [H, T] = sum(do o) - dlse, which dK and dV need too."""
     head = tl.program_id(0) % H
     first, end, start, low, high, shift = tile_of_queries(tiles_ptr, tl.program_id(0) // H, window, BLOCK_Q, HAS_WINDOW)
-    k_ptr += start.to(tl.int64) * k_stride + head // R * k_head
-    v_ptr += start.to(tl.int64) * v_stride + head // R * v_head
-    q_ptr += first.to(tl.int64) * q_stride + head * q_head
+    k_ptr += start.to(tl.int64) * k_stride + (head // R).to(tl.int64) * k_head
+    v_ptr += start.to(tl.int64) * v_stride + (head // R).to(tl.int64) * v_head
+    q_ptr += first.to(tl.int64) * q_stride + head.to(tl.int64) * q_head
     i = tl.arange(0, BLOCK_Q)
     row = first + i
     inside = row < end
@@ -264,8 +264,8 @@ def attention_dkv_kernel(
     j = tl.arange(0, BLOCK_K)
     key = first + j
     inside = key < end
-    k_ptr += first.to(tl.int64) * k_stride + key_head * k_head
-    v_ptr += first.to(tl.int64) * v_stride + key_head * v_head
+    k_ptr += first.to(tl.int64) * k_stride + key_head.to(tl.int64) * k_head
+    v_ptr += first.to(tl.int64) * v_stride + key_head.to(tl.int64) * v_head
     key_offset = tl.minimum(j, end - first - 1)
     k, k_second = load_parts(k_ptr, key_offset * k_stride, K, K_FIRST, K_SECOND)
     v, v_second = load_parts(v_ptr, key_offset * v_stride, V, V_FIRST, V_SECOND)
@@ -282,20 +282,20 @@ def attention_dkv_kernel(
         first_row = first_query + i % num_blocks * BLOCK_Q
         row = first_row + tl.arange(0, BLOCK_Q)
         offset = tl.minimum(row, end_query - 1) - first_row
-        first_row = first_row.to(tl.int64)
+        long_row = first_row.to(tl.int64)
         q, q_second = load_parts(
-            q_ptr + (first_row * q_stride + head * q_head), offset * q_stride, K, K_FIRST, K_SECOND
+            q_ptr + (long_row * q_stride + head.to(tl.int64) * q_head), offset * q_stride, K, K_FIRST, K_SECOND
         )
-        at = head.to(tl.int64) * T + first_row
-        lse = tl.load(lse_ptr + at + offset) * _LOG2_E
+        at = head.to(tl.int64) * T + long_row
+        lse = tl.where(row < end_query, tl.load(lse_ptr + at + offset) * _LOG2_E, float("inf"))
         p = tl.exp2(product(k, k_second, q, q_second, K_SECOND) * scale_log2 - lse[None, :])  # [keys, queries]
         # A prompt lies before its responses, so that the order of rows is the order of every path.
-        visible = key[:, None] <= tl.where(row < end_query, row, -1)[None, :]
+        visible = (key - first_row)[:, None] <= tl.arange(0, BLOCK_Q)[None, :]
         if HAS_WINDOW:
-            position = tl.load(position_ptr + first_row + offset).to(tl.int32)
+            position = tl.load(position_ptr + long_row + offset).to(tl.int32)
             visible &= position[None, :] - key_position[:, None] < window
         p = tl.where(visible, p, 0.0)
-        g, g_second = load_parts(grad_ptr + (first_row * H + head) * V, offset * (H * V), V, V_FIRST, V_SECOND)
+        g, g_second = load_parts(grad_ptr + (long_row * H + head) * V, offset * (H * V), V, V_FIRST, V_SECOND)
         dv, dv_second = add_product(dv, dv_second, p, g, g_second, V_SECOND)
         delta = tl.load(delta_ptr + at + offset)
         ds = p * (product(v, v_second, g, g_second, V_SECOND) - delta[None, :])

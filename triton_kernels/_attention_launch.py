@@ -62,23 +62,27 @@ _FP32 = {
 TILES: dict[str, dict[int, dict[int, Tiles]]] = {
     "sm_90": {
         2: {
-            64: Tiles(Tile(128, 128, 8, 3), Tile(128, 128, 8, 2), Tile(64, 128, 8, 3)),
-            128: Tiles(Tile(128, 128, 8, 2), Tile(128, 64, 8, 2), Tile(64, 128, 8, 2)),
-            192: Tiles(Tile(128, 64, 8, 2), Tile(64, 64, 8, 2), Tile(64, 64, 8, 2)),
-            256: Tiles(Tile(128, 64, 8, 2), Tile(64, 32, 8, 2), Tile(32, 64, 8, 2)),
+            64: Tiles(Tile(128, 128, 8, 3), Tile(128, 128, 8, 3), Tile(64, 128, 8, 3)),
+            128: Tiles(Tile(128, 64, 8, 3), Tile(128, 64, 8, 3), Tile(64, 128, 8, 3)),
+            192: Tiles(Tile(128, 64, 8, 3), Tile(128, 64, 8, 3), Tile(32, 128, 8, 3)),
+            256: Tiles(Tile(128, 32, 8, 3), Tile(128, 32, 8, 2), Tile(32, 64, 8, 2)),
         },
         4: _FP32,
     },
     "default": {
         2: {
-            64: Tiles(Tile(128, 64, 4, 3), Tile(128, 64, 8, 2), Tile(64, 128, 8, 2), None),
-            128: Tiles(Tile(128, 64, 8, 3), Tile(64, 64, 4, 2), Tile(64, 64, 8, 2), None),
+            64: Tiles(Tile(128, 64, 4, 3), Tile(128, 64, 8, 3), Tile(64, 128, 8, 3), None),
+            128: Tiles(Tile(128, 64, 8, 3), Tile(128, 32, 8, 3), Tile(32, 128, 8, 3), None),
             256: Tiles(Tile(64, 64, 8, 2), Tile(64, 32, 8, 2), Tile(32, 64, 8, 2), None),
         },
         4: _FP32,
     },
 }
-"""By architecture, bytes per operand and the largest head size they are for. "default" fits every GPU from sm_80 on."""
+"""By architecture, bytes per operand and the largest head size they are for. "default" fits sm_80.
+
+Three stages: with two, a block is loaded only once the one before it is done with. Eight warps want 128 rows (queries,
+or keys of dkv), or two of them would compute the same.
+"""
 
 _CAPABILITIES = {"sm_90": (90,), "default": (80, 100)}
 
@@ -94,10 +98,10 @@ def tables(layout: PackedLayout, q_THK: Tensor, k: Tensor, v: Tensor, window: in
         raise ValueError(
             f"head sizes are at most {LARGEST_HEAD} on a GPU; got {q_THK.shape[2]} and, of the values, {v.shape[2]}"
         )
-    stride = max(k.stride(0), v.stride(0), k.shape[1] * max(k.shape[2], v.shape[2]))
+    stride = k.shape[1] * max(k.shape[2], v.shape[2])
     if layout.longest_group * stride >= 2**31:
         raise ValueError(
-            f"a sequence or group has at most 2^31 / (row stride {stride}) = {2**31 // stride} tokens; "
+            f"a sequence or group has at most 2^31 / {stride} = {2**31 // stride} tokens with such heads; "
             f"got {layout.longest_group}"
         )
     tiles = _tiles(q_THK, v)
@@ -136,12 +140,11 @@ def launch_forward(
         q_THK.new_empty(H, T, dtype=torch.float32),
     )
     if out.numel():
-        tiles, queries_I5 = _tiles(q_THK, v), tables[0]
-        tile = tiles.forward
+        rows, tiles, queries_I5 = _rows(q_THK, k, v), _tiles(q_THK, v), tables[0]
         attention_forward_kernel[(len(queries_I5) * H,)](
-            *_rows(q_THK, k, v), out, lse_HT, queries_I5, T, *_sizes(q_THK, k, v), scale, window or 0,
+            *rows, out, lse_HT, queries_I5, T, *_sizes(*rows), scale, window or 0,
             **_widths(q_THK.shape[2], v.shape[2], tiles.first_part), HAS_WINDOW=window is not None,
-            **tile.constants(), **tile.options(),
+            **tiles.forward.constants(), **tiles.forward.options(),
         )  # fmt: skip
     return out.to(q_THK.dtype), lse_HT
 
@@ -166,7 +169,8 @@ def launch_backward(
     dq, dk, dv = (x.new_empty(x.shape, dtype=dtype) for x in (q_THK, k, v))
     if not out.numel():
         return dq.zero_().to(q_THK.dtype), dk.zero_().to(k.dtype), dv.zero_().to(v.dtype)
-    inputs, sizes = _rows(q_THK, k, v), _sizes(q_THK, k, v)
+    inputs = _rows(q_THK, k, v)
+    sizes = _sizes(*inputs)
     constants = {**_widths(K, V, tiles.first_part), "HAS_WINDOW": window is not None}
     grad_out, out = grad_out.to(dtype).contiguous(), out.to(dtype)
     grad_lse_HT = None if grad_lse_HT is None else grad_lse_HT.float().contiguous()
@@ -192,13 +196,14 @@ def launch_backward(
 
 
 def _rows(*inputs: Tensor) -> list[Tensor]:
-    """What the kernels read: any strides but of a head's columns, which follow each other."""
-    return [x if x.stride(2) == 1 else x.contiguous() for x in (x.to(_served_dtype(x)) for x in inputs)]
+    """What the kernels read: a head's columns follow each other, and offsets within a group fit 32 bits."""
+    served = [x.to(_served_dtype(x)) for x in inputs]
+    return [x if x.stride(2) == 1 and len(x) * x.stride(0) < 2**31 else x.contiguous() for x in served]
 
 
 def _sizes(q_THK: Tensor, k: Tensor, v: Tensor) -> list[int]:
     """(H, R, row and head strides of q, k and v)."""
-    return [q_THK.shape[1], q_THK.shape[1] // k.shape[1], *(n for x in _rows(q_THK, k, v) for n in x.stride()[:2])]
+    return [q_THK.shape[1], q_THK.shape[1] // k.shape[1], *(n for x in (q_THK, k, v) for n in x.stride()[:2])]
 
 
 def _widths(K: int, V: int, first_part: int | None) -> dict[str, int]:
@@ -260,6 +265,9 @@ def _specialisations(
         names = [name for name in kernel.arg_names if name not in constants]
         signature = {name: _TYPES.get(name, f"*{dtype}") for name in names}
         aligned = tuple(name for name in names if name.endswith(("_stride", "_head")))
+        if "grad_lse_ptr" in signature:  # as training launches it
+            constants["grad_lse_ptr"] = None
+            del signature["grad_lse_ptr"]
         kernels.append(Shipped(kernel, signature, constants, tile.options(), aligned, capabilities, _MAX_SPILL_BYTES))
     for width in {K, V} if dtype != "fp16" and not window else ():
         signature = {"slots_ptr": "*fp32", "out_ptr": f"*{dtype}", "sums_ptr": "*i32", "J": "i32"}

@@ -70,6 +70,9 @@ def packed_attention(
     """
     _check(q_THK, k, v, layout, scale, window)
     scale = q_THK.shape[2] ** -0.5 if scale is None else float(scale)
+    window = (
+        None if window is None else min(window, max(1, layout.num_tokens))
+    )  # no path is longer, and it fits 32 bits
     work, num_slots = tables(layout, q_THK, k, v, window)
     where = (layout.positions_T, layout.segments_N5, work, num_slots)
     out, lse_HT = packed_attention_fwd(q_THK, k, v, *where, scale, window)
@@ -84,8 +87,8 @@ def _check(q_THK: Tensor, k: Tensor, v: Tensor, layout: PackedLayout, scale: flo
         raise ValueError(f"the layout has {layout.num_tokens} tokens and so must q, k and v; {shapes}")
     if k.shape[1] != v.shape[1] or k.shape[1] == 0 or q_THK.shape[1] % k.shape[1]:
         raise ValueError(f"k and v must have one number of heads, which divides that of q; {shapes}")
-    if q_THK.shape[2] != k.shape[2] or q_THK.shape[2] == 0:
-        raise ValueError(f"q and k must share a head size, at least 1; {shapes}")
+    if q_THK.shape[2] != k.shape[2] or 0 in (k.shape[2], v.shape[2]):
+        raise ValueError(f"q and k must share a head size, and none may be 0; {shapes}")
     if not q_THK.dtype == k.dtype == v.dtype:
         raise ValueError(f"q, k and v must share a dtype; got {q_THK.dtype}, {k.dtype}, {v.dtype}")
     if not q_THK.dtype.is_floating_point:

@@ -9,6 +9,7 @@ T packed tokens, S responses, P prompts (groups), N segments, I work items, M ke
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TypeVar
@@ -61,7 +62,7 @@ class PackedLayout:
         """T."""
         return self.positions_T.numel()
 
-    @property
+    @functools.cached_property
     def longest_group(self) -> int:
         """Rows from a prompt's first to the last that sees it, at most."""
         return int((self._host_N5[:, 4] - self._host_N5[:, 2]).clamp(min=0).max()) if len(self._host_N5) else 0
@@ -72,21 +73,24 @@ class PackedLayout:
         return bool((self._host_N5[:, 3] > self._host_N5[:, 2]).any())
 
     @staticmethod
-    def from_cu_seqlens(cu_seqlens: Tensor) -> PackedLayout:
+    def from_cu_seqlens(cu_seqlens: Tensor, *, device: torch.device | None = None) -> PackedLayout:
         """Independent sequences: sequence i is rows cu_seqlens[i]..cu_seqlens[i + 1]; they may be empty.
 
-        cu_seqlens: int32 offsets, first 0. Raises `ValueError` otherwise.
+        cu_seqlens: int32 offsets, first 0; on the host, where they are known there, since a GPU would be waited for.
+        The layout is on `device`, or where they are. Raises `ValueError` otherwise.
         """
         cu = _host_offsets("cu_seqlens", cu_seqlens)
         start, end = cu[:-1], cu[1:]
-        return _layout(torch.stack([start, end, start, start, end], 1), cu_seqlens.device)
+        return _layout(torch.stack([start, end, start, start, end], 1), device or cu_seqlens.device)
 
     @staticmethod
-    def from_groups(prompt_len_P: Tensor, response_len_S: Tensor, group_cu: Tensor) -> PackedLayout:
+    def from_groups(
+        prompt_len_P: Tensor, response_len_S: Tensor, group_cu: Tensor, *, device: torch.device | None = None
+    ) -> PackedLayout:
         """Groups [prompt | response 1 | ... | response G], one after the other; all lengths may be 0.
 
         prompt_len_P, response_len_S: int32 or int64. group_cu: int32 offsets [P + 1], the responses of each prompt.
-        Raises `ValueError` for anything else and for counts that do not fit.
+        Device as of `from_cu_seqlens`. Raises `ValueError` for anything else and for counts that do not fit.
         """
         prompt_P = _host_lengths("prompt_len_P", prompt_len_P)
         length_S = _host_lengths("response_len_S", response_len_S)
@@ -110,7 +114,7 @@ class PackedLayout:
         prompts = (prompt_start_P, prompt_end_P, prompt_start_P, prompt_start_P, group_end_P)
         responses = (start_S, start_S + length_S, prompt_start_P[group_S], prompt_end_P[group_S], start_S + length_S)
         segments = torch.cat([torch.stack(prompts, 1), torch.stack(responses, 1)])
-        return _layout(segments[torch.argsort(segments[:, 0], stable=True)], group_cu.device)
+        return _layout(segments[torch.argsort(segments[:, 0], stable=True)], device or group_cu.device)
 
     def query_tiles(self, block: int, window: int | None) -> Tensor:
         """Tiles of `block` queries, int32 [I, 5], those that see most first.
@@ -148,7 +152,9 @@ def _layout(segments_N5: Tensor, device: torch.device) -> PackedLayout:
     if total >= 2**31:
         raise ValueError(f"a packed buffer has at most 2^31 - 1 tokens, its offsets being int32; got {total}")
     start, end, prompt_start, prompt_end, _ = segments_N5.unbind(1)
-    positions_T = torch.arange(total) - (start - (prompt_end - prompt_start)).repeat_interleave(end - start)
+    positions_T = torch.arange(total, device="cpu") - (start - (prompt_end - prompt_start)).repeat_interleave(
+        end - start
+    )
     host_N5 = segments_N5[end > start]
     return PackedLayout(_to(positions_T, device), _to(host_N5.int(), device), host_N5)
 
@@ -196,8 +202,8 @@ def _key_tiles(
 def _tiles(length_N: Tensor, block: int) -> tuple[Tensor, Tensor]:
     """Cut each length into blocks: (which one, offset in it) of every block, in order."""
     count_N = _ceil_div(length_N, block)
-    owner_I = torch.arange(len(length_N)).repeat_interleave(count_N)
-    return owner_I, block * (torch.arange(len(owner_I)) - (count_N.cumsum(0) - count_N)[owner_I])
+    owner_I = torch.arange(len(length_N), device="cpu").repeat_interleave(count_N)
+    return owner_I, block * (torch.arange(len(owner_I), device="cpu") - (count_N.cumsum(0) - count_N)[owner_I])
 
 
 def _ceil_div(x: Tensor, y: int | Tensor) -> Tensor:

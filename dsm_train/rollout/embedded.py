@@ -141,7 +141,7 @@ class _Decoding:
         if not len(self.prompts):
             return
         tokens = torch.tensor([t for p in self.prompts for t in p.token], device=self.device)
-        layout = PackedLayout.from_cu_seqlens(offsets([len(p.token) for p in self.prompts]).to(self.device))
+        layout = PackedLayout.from_cu_seqlens(offsets([len(p.token) for p in self.prompts]), device=self.device)
         end_P = self.prompt_length_P.cumsum(0)
         start_P = end_P - self.prompt_length_P
         column_L = torch.arange(int(self.prompt_length_P.max()), device=self.device)

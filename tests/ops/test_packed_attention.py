@@ -359,7 +359,7 @@ def test_layout_errors(build: Any, arguments: tuple[Tensor, ...], message: str) 
         ((5, 3, 8), (5, 2, 8), (5, 2, 8), None, r"divides that of q; got q \(5, 3, 8\)"),
         ((5, 2, 8), (5, 2, 8), (5, 1, 8), None, "one number of heads"),
         ((5, 2, 8), (5, 2, 4), (5, 2, 8), None, "q and k must share a head size"),
-        ((5, 2, 0), (5, 2, 0), (5, 2, 8), None, "head size, at least 1"),
+        ((5, 2, 0), (5, 2, 0), (5, 2, 8), None, "none may be 0"),
         ((5, 16), (5, 2, 8), (5, 2, 8), None, r"must be \[tokens, heads, head size\]"),
         ((5, 2, 8), (5, 2, 8), (5, 2, 8), 0, "window must be at least 1, or None for no window; got 0"),
     ],
