@@ -17,11 +17,12 @@ from __future__ import annotations
 import functools
 from typing import Any
 
-from triton_kernels._triton import tl, triton
+from triton_kernels._triton import HAS_TRITON, tl, triton
 
 _LOG2_E = tl.constexpr(1.4426950408889634)
 
-_jit: Any = functools.partial(triton.jit, do_not_specialize=["T", "H", "R", "J", "window"])
+_VARYING = ["T", "H", "R", "J", "window"]
+_jit: Any = functools.partial(triton.jit, do_not_specialize=_VARYING) if HAS_TRITON else triton.jit
 """One binary for every number of tokens and heads, and every window; strides and head sizes tell what is aligned."""
 
 
