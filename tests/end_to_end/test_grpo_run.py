@@ -93,7 +93,7 @@ def test_the_start_up_table_names_what_serves_each_op(
         assert name in ops
     if not torch.cuda.is_available():
         cpp = ("group_advantage", "token_kl", "grpo_loss", "group_grpo_loss", "logit_stats", "logit_gradient")
-        assert {ops[n] for n in cpp} == {"C++"}
+        assert {ops[n] for n in (*cpp, "packed_attention_fwd", "packed_attention_bwd")} == {"C++"}
         assert ops["policy_logits"] == "logit ops and grpo_loss"
         assert {ops[f"linear_logprob_{way}"] for way in ("fwd", "bwd")} == {"library GEMM and logit ops"}
         assert served["device"] == "cpu, fp32, 1 thread(s)"
