@@ -5,339 +5,22 @@
 #include <algorithm>
 #include <atomic>
 #include <cmath>
-#include <limits>
 #include <tuple>
 #include <utility>
 #include <vector>
 
-#include "matrix_product.h"
-#include "token_kl.h"
+#include "attention_tile.h"
 
-// triton_kernels/packed_attention.py has the formulas. A tile of queries goes through the keys that it sees in blocks.
-// The query heads of one key head are rows of one matrix: row i of a tile is token i / R, head i % R. Scores are kept
-// with a row per key, so that softmax statistics are vectors over queries, and keys and values serve as they lie.
-//
-// Keys are numbered by columns: column c is the buffer's row c from the segment's start on, and before it, in the
-// prompt, row c - (start - prompt_end).
 namespace dsm {
 namespace {
 
-constexpr int64_t kTileRows = 128;
-constexpr int64_t kBlockColumns = 64;
+using at::Tensor;
+
 constexpr int64_t kPartTokens = 512;          // see parts_of
 constexpr int64_t kPairsPerThread = 1 << 15;  // for less a thread is not worth its waking
 
-template <typename T>
-constexpr T kInfinity = std::numeric_limits<T>::infinity();
-
-struct Segment {
-  int64_t start, end, prompt_start, prompt_end;
-
-  int64_t prompt() const { return prompt_end - prompt_start; }
-  int64_t first_column() const { return start - prompt(); }
-  int64_t pairs() const { return (end - start) * (prompt() + (end - start + 1) / 2); }
-};
-
-struct Tile {
-  const Segment* segment;
-  int64_t first, tokens;
-
-  int64_t pairs() const { return tokens * (first + tokens - segment->first_column()); }
-};
-
-// Columns of which a tile sees something.
-struct Block {
-  int64_t size, key;  // key: the buffer's row of the first column
-  bool in_prompt;
-  int64_t offset;  // of the first column from the tile's first token
-  int64_t R, window, rows;
-
-  // The tile's rows that see any of n columns from c on.
-  Range rows_of(int64_t c, int64_t n) const {
-    return Range{(offset + c) * R, (offset + c + n - 1 + window) * R}.within(rows);
-  }
-
-  // The columns that any of n rows from i on see.
-  Range columns_of(int64_t i, int64_t n) const {
-    return Range{i / R - offset - window + 1, (i + n - 1) / R - offset + 1}.within(size);
-  }
-};
-
-// To whole registers of fp32.
-Range widened(Range x) { return {x.begin / 8 * 8, (x.end + 7) / 8 * 8}; }
-
-// exp(x) for x <= 88, in float 0 where its result would be subnormal. NaN stays NaN.
-inline float exp_or_zero(float x) {
-  const float e = bounded_exp(x);
-  return x < -87.0f ? 0.0f : e;
-}
-
-inline double exp_or_zero(double x) { return std::exp(x); }
-
-// [tokens, heads, width], where a head's columns follow each other.
-template <typename T>
-struct Heads {
-  T* data;
-  int64_t token, head, width;
-
-  explicit Heads(const at::Tensor& x)
-      : data(const_cast<T*>(x.const_data_ptr<T>())), token(x.stride(0)), head(x.stride(1)), width(x.size(2)) {}
-
-  T* at(int64_t t, int64_t h) const { return data + t * token + h * head; }
-
-  Matrix<T> from(int64_t t, int64_t h) const { return {at(t, h), token}; }
-
-  void copy(int64_t t, int64_t n, int64_t h, std::remove_const_t<T>* to) const {
-    for (int64_t i = 0; i < n; ++i) std::copy_n(at(t + i, h), width, to + i * width);
-  }
-};
-
-template <typename T>
-void clear(Matrix<T> x, int64_t rows, int64_t width) {
-  for (int64_t i = 0; i < rows; ++i) std::fill_n(x.from(i).data, width, T(0));
-}
-
-// A thread's memory, handed out in arrays that begin on a cache line.
-template <typename T>
-struct Scratch {
-  T* next;
-
-  T* take(int64_t n) { return std::exchange(next, next + (n + 15) / 16 * 16); }
-};
-
-template <typename T>
-struct Attention {
-  Heads<const T> q, k, v;
-  int64_t num_tokens, J, R, window;
-  T scale;
-
-  Attention(const at::Tensor& q_THK, const at::Tensor& k, const at::Tensor& v, double scale,
-            std::optional<int64_t> window)
-      : q(q_THK), k(k), v(v), num_tokens(q_THK.size(0)), J(k.size(1)), R(q_THK.size(1) / J),
-        window(std::min(window.value_or(num_tokens), num_tokens)), scale(T(scale)) {}
-
-  int64_t tile_tokens() const { return std::max<int64_t>(1, kTileRows / std::max<int64_t>(1, R)); }
-
-  // Of backward, which takes more.
-  int64_t scratch_size() const {
-    const int64_t rows = tile_tokens() * R + 16;
-    return (3 * q.width + 2 * v.width + 2 * kBlockColumns + 2) * rows + (q.width + v.width + 16) * kBlockColumns;
-  }
-
-  template <typename F>
-  void for_tiles(const Segment& s, const F& f) const {
-    for (int64_t t = s.start; t < s.end; t += tile_tokens()) f(Tile{&s, t, std::min(tile_tokens(), s.end - t)});
-  }
-
-  // Calls f(i, token, query head) for each row of the tile.
-  template <typename F>
-  void for_rows(const Tile& tile, int64_t j, const F& f) const {
-    for (int64_t i = 0; i < tile.tokens * R; ++i) f(i, tile.first + i / R, j * R + i % R);
-  }
-
-  template <typename F>
-  void for_blocks(const Tile& tile, const F& f) const {
-    const Segment& s = *tile.segment;
-    const int64_t end = tile.first + tile.tokens;
-    for (int64_t c = std::max(s.first_column(), tile.first - window + 1), next; c < end; c = next) {
-      const bool in_prompt = c < s.start;
-      next = std::min(c + kBlockColumns, in_prompt ? s.start : end);
-      const int64_t key = in_prompt ? c - s.start + s.prompt_end : c;
-      f(Block{next - c, key, in_prompt, c - tile.first, R, window, tile.tokens * R});
-    }
-  }
-
-  // out and lse [H, T] of the tile's rows in the heads of key head j.
-  void forward(const Tile& tile, int64_t j, Scratch<T> scratch, const Heads<T>& out, T* lse) const {
-    const int64_t rows = tile.tokens * R, lanes = widened({0, rows}).end, V = v.width;
-    T *q_t = scratch.take(lanes * q.width), *o = scratch.take(rows * V), *values = scratch.take(kBlockColumns * V);
-    T *p = scratch.take(kBlockColumns * lanes), *factor = scratch.take(lanes);
-    T *max = scratch.take(lanes), *sum = scratch.take(lanes);
-    load_transposed(q, tile, j, scale, lanes, q_t);
-    std::fill_n(max, lanes, -kInfinity<T>);
-    std::fill_n(sum, lanes, T(0));
-    bool add = false;
-    for_blocks(tile, [&](const Block& b) {
-      scores(b, k.from(b.key, j), q.width, q_t, lanes, p);
-      softmax(b, lanes, p, max, sum, factor);
-      if (add) rescale(rows, factor, o);
-      v.copy(b.key, b.size, j, values);
-      by_row(b, p, lanes, values, V, o, add);
-      add = true;
-    });
-    vectorised([&, this] {
-      for_rows(tile, j, [&](int64_t i, int64_t t, int64_t h) {
-        const T inverse = 1 / sum[i];
-        T* to = out.at(t, h);
-        for (int64_t n = 0; n < V; ++n) to[n] = o[i * V + n] * inverse;
-        lse[h * num_tokens + t] = max[i] + std::log(sum[i]);
-      });
-    });
-  }
-
-  // What only the backward pass reads, and what it writes.
-  struct Gradients {
-    Heads<const T> grad_out, out;
-    const T *lse, *grad_lse;  // [H, T]; grad_lse may be null
-    Heads<T> dq, dk, dv;
-  };
-
-  // dq of the tile's rows in the heads of key head j. Adds to that head's dk and dv; those of the prompt's keys are the
-  // rows of `prompt_dk` and `prompt_dv`.
-  void backward(const Tile& tile, int64_t j, Scratch<T> scratch, const Gradients& g, Matrix<T> prompt_dk,
-                Matrix<T> prompt_dv) const {
-    const int64_t rows = tile.tokens * R, lanes = widened({0, rows}).end, K = q.width, V = v.width;
-    T *q_t = scratch.take(lanes * K), *queries = scratch.take(rows * K), *dq = scratch.take(rows * K);
-    T *do_t = scratch.take(lanes * V), *grad_out = scratch.take(rows * V), *keys = scratch.take(kBlockColumns * K);
-    T *p = scratch.take(kBlockColumns * lanes), *ds = scratch.take(kBlockColumns * lanes);
-    T *lse = scratch.take(lanes), *delta = scratch.take(lanes);
-    load_transposed(q, tile, j, scale, lanes, q_t);
-    load_transposed(g.grad_out, tile, j, T(1), lanes, do_t);
-    load_rows(tile, j, g, lanes, queries, grad_out, lse, delta);
-    bool add = false;
-    for_blocks(tile, [&](const Block& b) {
-      const int64_t in_prompt = b.key - tile.segment->prompt_start;
-      k.copy(b.key, b.size, j, keys);
-      scores(b, {keys, K}, K, q_t, lanes, p);
-      scores(b, v.from(b.key, j), V, do_t, lanes, ds);
-      differentiate(b, lanes, p, ds, lse, delta);
-      add_by_column(b, p, lanes, grad_out, V, b.in_prompt ? prompt_dv.from(in_prompt) : g.dv.from(b.key, j));
-      add_by_column(b, ds, lanes, queries, K, b.in_prompt ? prompt_dk.from(in_prompt) : g.dk.from(b.key, j));
-      by_row(b, ds, lanes, keys, K, dq, add);
-      add = true;
-    });
-    vectorised([&, this] {
-      for_rows(tile, j, [&](int64_t i, int64_t t, int64_t h) {
-        T* to = g.dq.at(t, h);
-        for (int64_t n = 0; n < K; ++n) to[n] = dq[i * K + n] * scale;
-      });
-    });
-  }
-
-  // The tile's rows of x times `factor`, transposed: [width, lanes]. Lanes beyond the rows hold the last row.
-  void load_transposed(const Heads<const T>& x, const Tile& tile, int64_t j, T factor, int64_t lanes, T* to) const {
-    vectorised([=, this] {
-      for (int64_t i = 0; i < lanes; i += kLanes<T>) {
-        const T* from[kLanes<T>];
-        for (int64_t u = 0; u < kLanes<T>; ++u) {
-          const int64_t row = std::min(i + u, tile.tokens * R - 1);
-          from[u] = x.at(tile.first + row / R, j * R + row % R);
-        }
-        for (int64_t n = 0; n < x.width; ++n) {
-          Lanes<T> column;
-          for (int64_t u = 0; u < kLanes<T>; ++u) column[u] = from[u][n];
-          column *= factor;
-          std::memcpy(to + n * lanes + i, &column, sizeof(column));
-        }
-      }
-    });
-  }
-
-  // Of the tile's rows: queries times the scale, gradients of the output, lse, delta.
-  void load_rows(const Tile& tile, int64_t j, const Gradients& g, int64_t lanes, T* queries, T* grad_out, T* lse,
-                 T* delta) const {
-    std::fill_n(lse, lanes, T(0));
-    std::fill_n(delta, lanes, T(0));
-    vectorised([=, this, &g] {
-      for_rows(tile, j, [=, this, &g](int64_t i, int64_t t, int64_t h) {
-        const T *from = q.at(t, h), *grad = g.grad_out.at(t, h), *out = g.out.at(t, h);
-        for (int64_t n = 0; n < q.width; ++n) queries[i * q.width + n] = from[n] * scale;
-        for (int64_t n = 0; n < v.width; ++n) grad_out[i * v.width + n] = grad[n];
-        T dot = 0;
-#pragma omp simd reduction(+ : dot)
-        for (int64_t n = 0; n < v.width; ++n) dot += grad[n] * out[n];
-        lse[i] = g.lse[h * num_tokens + t];
-        delta[i] = dot - (g.grad_lse ? g.grad_lse[h * num_tokens + t] : T(0));
-      });
-    });
-  }
-
-  // to [columns, lanes] = x y, x [columns, width] of keys or values, y [width, lanes] of the tile.
-  void scores(const Block& b, Matrix<const T> x, int64_t width, const T* y, int64_t lanes, T* to) const {
-    product<T>(b.size, x, {y, lanes}, {to, lanes}, false,
-               [=](int64_t c, int64_t n) { return std::pair(widened(b.rows_of(c, n)), Range{0, width}); });
-  }
-
-  // to [rows, width] = x' y, or with `add` to += x' y; x [columns, lanes], y [columns, width].
-  void by_row(const Block& b, const T* x, int64_t lanes, const T* y, int64_t width, T* to, bool add) const {
-    product<T>(b.rows, Matrix<const T>{x, lanes}.transposed(), {y, width}, {to, width}, add,
-               [=](int64_t i, int64_t n) { return std::pair(Range{0, width}, b.columns_of(i, n)); });
-  }
-
-  // to [columns, width] += x y, x [columns, lanes], y [rows, width].
-  void add_by_column(const Block& b, const T* x, int64_t lanes, const T* y, int64_t width, Matrix<T> to) const {
-    product<T>(b.size, {x, lanes}, {y, width}, to, true,
-               [=](int64_t c, int64_t n) { return std::pair(Range{0, width}, b.rows_of(c, n)); });
-  }
-
-  // Scores become exp(score - max) by the new maximum; what is by the old one is to be multiplied by `factor`.
-  void softmax(const Block& b, int64_t lanes, T* p, T* max, T* sum, T* factor) const {
-    vectorised([=] {
-      std::copy_n(max, lanes, factor);
-      for (int64_t c = 0; c < b.size; ++c) {
-        T* row = p + c * lanes;
-        const Range wide = hide(b, c, lanes, row, -kInfinity<T>);
-#pragma omp simd
-        for (int64_t i = wide.begin; i < wide.end; ++i) max[i] = row[i] > max[i] ? row[i] : max[i];
-      }
-#pragma omp simd
-      for (int64_t i = 0; i < lanes; ++i) {
-        factor[i] = exp_or_zero(factor[i] - finite(max[i]));
-        sum[i] *= factor[i];
-      }
-      for (int64_t c = 0; c < b.size; ++c) {
-        T* row = p + c * lanes;
-        const Range wide = widened(b.rows_of(c, 1));
-#pragma omp simd
-        for (int64_t i = wide.begin; i < wide.end; ++i) {
-          row[i] = exp_or_zero(row[i] - finite(max[i]));
-          sum[i] += row[i];
-        }
-      }
-    });
-  }
-
-  void rescale(int64_t rows, const T* factor, T* o) const {
-    vectorised([=, this] {
-      for (int64_t i = 0; i < rows; ++i) {
-        for (int64_t n = 0; n < v.width; ++n) o[i * v.width + n] *= factor[i];
-      }
-    });
-  }
-
-  // Scores become p, and dp becomes ds.
-  void differentiate(const Block& b, int64_t lanes, T* p, T* ds, const T* lse, const T* delta) const {
-    vectorised([=] {
-      for (int64_t c = 0; c < b.size; ++c) {
-        T *p_row = p + c * lanes, *ds_row = ds + c * lanes;
-        const Range wide = widened(b.rows_of(c, 1));
-#pragma omp simd
-        for (int64_t i = wide.begin; i < wide.end; ++i) {
-          p_row[i] = exp_or_zero(p_row[i] - lse[i]);
-          ds_row[i] = p_row[i] * (ds_row[i] - delta[i]);
-        }
-        hide(b, c, lanes, p_row, T(0));
-        hide(b, c, lanes, ds_row, T(0));
-      }
-    });
-  }
-
-  // In column c, what no query sees becomes `value` in the registers of those that do, 0 elsewhere; returns the former.
-  static Range hide(const Block& b, int64_t c, int64_t lanes, T* row, T value) {
-    const Range seen = b.rows_of(c, 1), wide = widened(seen);
-    std::fill(row, row + wide.begin, T(0));
-    std::fill(row + wide.begin, row + seen.begin, value);
-    std::fill(row + seen.end, row + wide.end, value);
-    std::fill(row + wide.end, row + lanes, T(0));
-    return wide;
-  }
-
-  // A query that has seen nothing yet has the maximum -inf, and -inf - (-inf) would be NaN.
-  static T finite(T max) { return max == -kInfinity<T> ? T(0) : max; }
-};
-
-std::vector<Segment> segments_of(const at::Tensor& segments_N5, int64_t num_tokens) {
-  const at::Tensor table = segments_N5.to(at::kLong).contiguous();
+std::vector<Segment> segments_of(const Tensor& segments_N5, int64_t num_tokens) {
+  const Tensor table = segments_N5.to(at::kLong).contiguous();
   std::vector<Segment> segments;
   for (int64_t n = 0; n < table.size(0); ++n) {
     const int64_t* x = table.const_data_ptr<int64_t>() + 5 * n;
@@ -368,7 +51,7 @@ void for_tasks(const std::vector<X>& items, const Attention<T>& attention, const
   const int64_t few = std::max<int64_t>(1, n / (64 * threads));
   std::atomic<int64_t> next{0};
   at::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
-    const at::Tensor memory = at::empty({attention.scratch_size()}, options);
+    const Tensor memory = at::empty({attention.scratch_size()}, options);
     const Scratch<T> scratch{memory.mutable_data_ptr<T>()};
     for (int64_t i = next.fetch_add(few); i < n; i = next.fetch_add(few)) {
       for (int64_t end = std::min(i + few, n); i < end; ++i) f(items[i / J], i % J, scratch);
@@ -377,19 +60,24 @@ void for_tasks(const std::vector<X>& items, const Attention<T>& attention, const
 }
 
 // With a head's columns following each other.
-at::Tensor heads_of(const at::Tensor& x, at::ScalarType dtype) {
-  const at::Tensor y = x.to(dtype);
+Tensor heads_of(const Tensor& x, at::ScalarType dtype) {
+  const Tensor y = x.to(dtype);
   return y.stride(2) == 1 ? y : y.contiguous();
 }
 
 template <typename T>
-std::tuple<at::Tensor, at::Tensor> forward(const at::Tensor& q_THK, const at::Tensor& k, const at::Tensor& v,
-                                           const at::Tensor& segments_N5, double scale, std::optional<int64_t> window) {
+void clear(Matrix<T> x, int64_t rows, int64_t width) {
+  for (int64_t i = 0; i < rows; ++i) std::fill_n(x.from(i).data, width, T(0));
+}
+
+template <typename T>
+std::tuple<Tensor, Tensor> forward(const Tensor& q_THK, const Tensor& k, const Tensor& v, const Tensor& segments_N5,
+                                   double scale, std::optional<int64_t> window) {
   constexpr auto dtype = c10::CppTypeToScalarType<T>::value;
-  const at::Tensor q_ = heads_of(q_THK, dtype), k_ = heads_of(k, dtype), v_ = heads_of(v, dtype);
+  const Tensor q_ = heads_of(q_THK, dtype), k_ = heads_of(k, dtype), v_ = heads_of(v, dtype);
   const int64_t num_tokens = q_.size(0), H = q_.size(1);
-  const at::Tensor out = at::empty({num_tokens, H, v_.size(2)}, q_.options());
-  const at::Tensor lse_HT = at::empty({H, num_tokens}, q_.options());
+  const Tensor out = at::empty({num_tokens, H, v_.size(2)}, q_.options());
+  const Tensor lse_HT = at::empty({H, num_tokens}, q_.options());
   const Attention<T> attention(q_, k_, v_, scale, window);
   const std::vector<Segment> segments = segments_of(segments_N5, num_tokens);
   std::vector<Tile> tiles;
@@ -436,26 +124,26 @@ std::pair<std::vector<Part>, int64_t> parts_of(const std::vector<Segment>& segme
 }
 
 template <typename T>
-std::tuple<at::Tensor, at::Tensor, at::Tensor> backward(
-    const at::Tensor& grad_out, const std::optional<at::Tensor>& grad_lse_HT, const at::Tensor& q_THK,
-    const at::Tensor& k, const at::Tensor& v, const at::Tensor& out, const at::Tensor& lse_HT,
-    const at::Tensor& segments_N5, double scale, std::optional<int64_t> window) {
+std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad_out, const std::optional<Tensor>& grad_lse_HT,
+                                            const Tensor& q_THK, const Tensor& k, const Tensor& v, const Tensor& out,
+                                            const Tensor& lse_HT, const Tensor& segments_N5, double scale,
+                                            std::optional<int64_t> window) {
   constexpr auto dtype = c10::CppTypeToScalarType<T>::value;
-  const at::Tensor q_ = heads_of(q_THK, dtype), k_ = heads_of(k, dtype), v_ = heads_of(v, dtype);
-  const at::Tensor grad_out_ = heads_of(grad_out, dtype), out_ = heads_of(out, dtype), lse = lse_HT.contiguous();
-  const at::Tensor grad_lse = grad_lse_HT.has_value() ? grad_lse_HT->to(dtype).contiguous() : at::Tensor();
+  const Tensor q_ = heads_of(q_THK, dtype), k_ = heads_of(k, dtype), v_ = heads_of(v, dtype);
+  const Tensor grad_out_ = heads_of(grad_out, dtype), out_ = heads_of(out, dtype), lse = lse_HT.contiguous();
+  const Tensor grad_lse = grad_lse_HT.has_value() ? grad_lse_HT->to(dtype).contiguous() : Tensor();
   const auto options = q_.options();
-  const at::Tensor dq = at::empty(q_.sizes(), options), dk = at::empty(k_.sizes(), options);
-  const at::Tensor dv = at::empty(v_.sizes(), options);
+  const Tensor dq = at::empty(q_.sizes(), options), dk = at::empty(k_.sizes(), options);
+  const Tensor dv = at::empty(v_.sizes(), options);
   const std::vector<Segment> segments = segments_of(segments_N5, q_.size(0));
   auto [parts, slots] = parts_of(segments);
-  const at::Tensor dk_slots = at::empty({slots, k_.size(1), k_.size(2)}, options);
-  const at::Tensor dv_slots = at::empty({slots, v_.size(1), v_.size(2)}, options);
+  const Tensor dk_slots = at::empty({slots, k_.size(1), k_.size(2)}, options);
+  const Tensor dv_slots = at::empty({slots, v_.size(1), v_.size(2)}, options);
+  const Heads<T> slot_dk(dk_slots), slot_dv(dv_slots);
   const Attention<T> attention(q_, k_, v_, scale, window);
   const typename Attention<T>::Gradients g{
       Heads<const T>(grad_out_), Heads<const T>(out_), lse.const_data_ptr<T>(),
       grad_lse.defined() ? grad_lse.const_data_ptr<T>() : nullptr, Heads<T>(dq), Heads<T>(dk), Heads<T>(dv)};
-  const Heads<T> slot_dk(dk_slots), slot_dv(dv_slots);
   sort_by_work(parts);
   for_tasks(parts, attention, options, [&](const Part& part, int64_t j, const Scratch<T>& scratch) {
     const bool has_slot = part.slot >= 0;
@@ -482,20 +170,21 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> backward(
 }
 
 // Without what is for Triton: `positions_T` follow from the segments, `tables` and `num_slots` are of its tiles.
-std::tuple<at::Tensor, at::Tensor> packed_attention_fwd(const at::Tensor& q_THK, const at::Tensor& k,
-                                                        const at::Tensor& v, const at::Tensor& positions_T,
-                                                        const at::Tensor& segments_N5, at::TensorList tables,
-                                                        int64_t num_slots, double scale,
-                                                        std::optional<int64_t> window) {
+std::tuple<Tensor, Tensor> packed_attention_fwd(const Tensor& q_THK, const Tensor& k, const Tensor& v,
+                                                const Tensor& positions_T, const Tensor& segments_N5,
+                                                at::TensorList tables, int64_t num_slots, double scale,
+                                                std::optional<int64_t> window) {
   const auto run = q_THK.scalar_type() == at::kDouble ? &forward<double> : &forward<float>;
   return run(q_THK, k, v, segments_N5, scale, window);
 }
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor> packed_attention_bwd(
-    const at::Tensor& grad_out, const std::optional<at::Tensor>& grad_lse_HT, const at::Tensor& q_THK,
-    const at::Tensor& k, const at::Tensor& v, const at::Tensor& out, const at::Tensor& lse_HT,
-    const at::Tensor& positions_T, const at::Tensor& segments_N5, at::TensorList tables, int64_t num_slots,
-    double scale, std::optional<int64_t> window) {
+std::tuple<Tensor, Tensor, Tensor> packed_attention_bwd(const Tensor& grad_out,
+                                                        const std::optional<Tensor>& grad_lse_HT, const Tensor& q_THK,
+                                                        const Tensor& k, const Tensor& v, const Tensor& out,
+                                                        const Tensor& lse_HT, const Tensor& positions_T,
+                                                        const Tensor& segments_N5, at::TensorList tables,
+                                                        int64_t num_slots, double scale,
+                                                        std::optional<int64_t> window) {
   const auto run = q_THK.scalar_type() == at::kDouble ? &backward<double> : &backward<float>;
   return run(grad_out, grad_lse_HT, q_THK, k, v, out, lse_HT, segments_N5, scale, window);
 }
