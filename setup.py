@@ -2,6 +2,7 @@
 
 The kernels alone:  pip install --no-build-isolation .
 With the trainer:   pip install --no-build-isolation -c constraints.txt '.[train]'
+To mine a corpus:   pip install --no-build-isolation -c constraints.txt '.[train,corpus]'
 """
 
 import sys
@@ -39,6 +40,20 @@ EXTRAS = {
         "pyarrow",
         "tensorboard",
         "matplotlib",
+    ],
+    # Mining a corpus, beside the trainer. datatrove's own extras are left out: [io] brings pandas and more that nothing
+    # here uses, [processing] another build of fastText; regex, which it imports, is in none but that.
+    "corpus": [
+        "datatrove>=0.10.1,<0.11",
+        "regex",
+        "fastwarc>=2,<3",
+        "resiliparse>=2,<3",
+        "selectolax>=1,<2",
+        "mathml-to-latex",
+        "fasttext-numpy2",
+        "xxhash>=3",
+        "zstandard",
+        "warcio",
     ],
     # What a GPU adds that torch's CUDA build does not bring already.
     "gpu": ["triton>=3.6"],

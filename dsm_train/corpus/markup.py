@@ -1,0 +1,272 @@
+"""The markup of a page with its formulas as LaTeX, and without the elements that are not its text.
+
+The markup is taken as a string, from one telling tag to the next: no tree is built, nothing recurses, and every search
+is bounded or remembered, so that time is linear in the page, whatever it holds.
+"""
+
+from __future__ import annotations
+
+import html
+import re
+from collections.abc import Iterator
+from functools import lru_cache
+
+from dsm_train.corpus.boilerplate import is_boilerplate
+from dsm_train.corpus.formula import image_latex, is_script, latex_in, normalised
+
+INLINE = (
+    "span|a|em|strong|b|i|u|s|font|var|small|big|cite|dfn|abbr|acronym|label|mark|ins|bdi|bdo|nobr|code|tt|q|su[bp]"
+)
+"""Elements that text flows through."""
+_ATTRIBUTES = r"""((?:[^"'>]++|(?<==)"[^"]*+(?:"|\Z)|(?<==)'[^']*+(?:'|\Z)|["'])*+)"""
+_SOURCE = ("d-math", "tex-math", "la-tex", "tex", "katex")
+"""Elements whose text is TeX."""
+_NAMES = "|".join(
+    (
+        *("/?su[bp]", "math", "(?:m|mml):math", "mjx-container", *_SOURCE),
+        r"img(?=[^>]*(?:tex|TeX|math|equation|formula|\$|\\))",
+        r"""script(?=[^>]*\btype=["']?math/)""",
+    )
+)
+_MADE = (
+    r"""(span|div)\s+((?:(?:id|style)="[^"<]*+"\s+)?+(?:class=["']?(?:katex|mwe-math-element|mw-editsection|MathJax"""
+    r"""|mjx-chtml|MJXc-display|ztext-math|ql-formula|math (?:inline|display))|data-(?:tex|latex|original-tex)=)[^>]*+)>"""
+)
+"""Elements that a library for mathematics made, or added to."""
+_DOUBTFUL = (
+    r"(nav|aside|footer|dialog|(?:div|section|ul|ol|header|form|table|p|li|dl)(?=\s)|(?:span|a)(?=\s[^>]*(?:none|idden|skip)))"
+    r"(\s[^<>]*+)?>"
+)
+"""Elements that may not be part of the text."""
+_TELLING = re.compile(rf"<(?:({_NAMES})(?![\w:-]){_ATTRIBUTES}(?:>|\Z)|{_MADE}|{_DOUBTFUL})", re.S)
+"""What the pass stops at. Like the two below it begins with one character, which makes the search fast."""
+_ENVIRONMENTS = r"(?:equation|align|gather|multline|eqnarray|displaymath|flalign|alignat|math)\*?"
+_OPENING = (re.compile(rf"\\(?<!\\\\)(?:[(\[]|begin\{{{_ENVIRONMENTS}\}})"), re.compile(r"\$\$"))
+_ASIDE = re.compile(
+    r"<(?:(pre|code|kbd|samp|textarea|tt|script|style|noscript|svg|template|iframe)(?![\w:-])[^>]*+>|!--)"
+)
+"""Where formulas are none or, in the first six, only those that are marked up as such."""
+_CODE = frozenset("pre code kbd samp textarea tt".split())
+_DISPLAYED = re.compile(
+    r"katex-display|math display|-display\b|-block\b|MJXc-display|\sblock\b"
+    r"""|(?:display|mode)\s*=\s*["']?(?:block|true|display)"""
+)
+_DELIMITED = {
+    "\\(": re.compile(r"\\\(((?:[^\\]++|\\[^()\[\]])*+)\\\)"),
+    "\\[": re.compile(r"\\\[((?:[^\\]++|\\[^\[\]])*+)\\\]"),
+    "$$": re.compile(r"\$\$((?:[^$\\]++|\\.|\$(?!\$))*+)\$\$", re.S),
+}
+_BLOCK = re.compile(r"</?(?:div|td|tr|table|li|ul|ol|h[1-6]|pre|script|math|img|section|article)\b")
+"""A formula in the text does not span these."""
+_LONGEST = 20_000
+_PATIENCE = 50
+"""Elements too large to be boilerplate, after which the page is taken as broken and none is looked for."""
+_BREAK = re.compile(r"<(?:br|/?p)\b[^>]*>")
+_MARKUP = re.compile(r"</?[A-Za-z][^<>]*>|<!--.*?-->", re.S)
+_INLINE_TAG = re.compile(rf"</?(?:{INLINE})\b[^<>]*>")
+
+
+def _plain_text(markup: str) -> str:
+    return html.unescape(_MARKUP.sub("", _BREAK.sub(" ", markup)) if "<" in markup else markup)
+
+
+@lru_cache(256)
+def _closing(name: str) -> re.Pattern[str]:
+    return re.compile("-->" if name == "!--" else rf"</{re.escape(name)}(?![\w:-])[^>]*>")
+
+
+@lru_cache(256)
+def _either(name: str) -> re.Pattern[str]:
+    return re.compile(rf"<(/?){re.escape(name)}(?![\w:-])[^>]*>")
+
+
+class Markup:
+    """One pass over the markup of a page; tag names are in lower case."""
+
+    def __init__(self, source: str) -> None:
+        self.formulas = 0
+        """Formulas found; superscripts and subscripts of HTML are not counted, nor what stands in `$..$` already."""
+        self._source = source
+        self._out: list[str] = []
+        self._copied = 0  # how far the source has gone into `_out`
+        self._scripts: list[bool] = []
+        self._unclosed: set[str] = set()
+        self._refused = 0
+        self._asides = self._find_asides()
+        self._aside = (0, 0, "")
+        openings = (match for opening in _OPENING for match in opening.finditer(source))
+        self._openings = sorted(openings, key=re.Match.start, reverse=True)
+
+    def rewritten(self) -> str:
+        """The markup with its formulas as LaTeX, and without boilerplate that its tags give away."""
+        position = 0
+        while match := _TELLING.search(self._source, position):
+            start, end = match.span()
+            name, attributes, made, library, doubtful, others = match.groups()
+            if doubtful and not is_boilerplate(doubtful, others):
+                position = end
+                continue
+            position = self._text_until(start, position)
+            if start < position:
+                continue
+            within = self._within(start)
+            if within and within not in _CODE:
+                position = end
+            elif doubtful:
+                position = self._boilerplate(doubtful, start, end)
+            elif made:
+                position = self._made(made, library, start, end)
+            else:
+                position = self._element(name, attributes, start, end, code=bool(within))
+        self._text_until(len(self._source), position)
+        self._out.append(self._source[self._copied :])
+        return "".join(self._out)
+
+    # All methods below that take a place return where to go on.
+
+    def _replace(self, start: int, end: int, text: str) -> int:
+        if start > self._copied:
+            self._out.append(self._source[self._copied : start])
+        if text:
+            self._out.append(text)
+        self._copied = end
+        return end
+
+    def _boilerplate(self, name: str, start: int, end: int) -> int:
+        """Leave an element out, unless it is most of the page, or holds what is."""
+        if self._refused > _PATIENCE:
+            return end
+        outer = self._balanced(name, end)[1]
+        size = outer - end
+        if outer and 2 * size < len(self._source) and not _MAIN.search(self._source, end, outer):
+            return self._replace(start, outer, " ")
+        self._refused += 1
+        return end
+
+    def _formula(self, start: int, end: int, tex: str, display: bool) -> int:
+        """Put a formula in the place of [start, end)."""
+        self._replace(start, end, "")
+        if formula := normalised(tex, display):
+            self.formulas += 1
+            markup = html.escape(formula, quote=False)
+            if formula.startswith("$$"):
+                markup = f"<br>{markup}<br>"
+            elif self._out and self._out[-1].endswith("$"):
+                markup = " " + markup
+            self._out.append(markup)
+        return end
+
+    def _text_until(self, stop: int, position: int) -> int:
+        """Handle LaTeX's own delimiters in [position, stop)."""
+        while self._openings and self._openings[-1].start() < stop:
+            match = self._openings.pop()
+            if match.start() >= position and not self._within(match.start()):
+                position = self._delimited(match[0], *match.span())
+        return position
+
+    def _delimited(self, opening: str, start: int, end: int) -> int:
+        """A formula between LaTeX's own delimiters, where they delimit one."""
+        if opening.startswith("\\begin"):
+            closing = opening.replace("begin", "end", 1)
+            inner = self._source.find(closing, end, end + _LONGEST)
+            outer = inner + len(closing)
+            if inner < 0 or _BLOCK.search(self._source, end, inner):
+                return end
+            return self._formula(start, outer, _plain_text(self._source[start:outer]), "{math}" not in opening)
+        match = _DELIMITED[opening].match(self._source, start)
+        if not match or len(match[1]) > _LONGEST or _BLOCK.search(match[1]):
+            return end
+        tex = _plain_text(match[1])
+        if opening == "$$" and not re.search(r"[\\^_=<>+]|^\s*\w\s*$", tex):
+            return end  # two prices
+        return self._formula(start, match.end(), tex, opening != "\\(")
+
+    def _element(self, name: str, attributes: str, start: int, end: int, code: bool) -> int:
+        """An opening tag of a name that means mathematics, or that of a superscript that ends."""
+        if name == "img":
+            tex, display = image_latex(attributes)
+            return self._formula(start, end, tex, display) if tex else end
+        if name in ("/sup", "/sub"):
+            return self._replace(start, end, "}") if self._scripts and self._scripts.pop() else end
+        if name in ("sup", "sub"):
+            content, _, after = self._source[end : end + 120].partition(f"</{name}>")
+            linked = "<a " in content
+            content, after = _plain_text(content), after[:4]
+            script = (
+                not code
+                and bool(after)
+                and is_script(name, attributes, self._text_before(start), content, after, linked)
+            )
+            self._scripts.append(script)
+            return self._replace(start, end, "^{" if name == "sup" else "_{") if script else end
+        inner, outer = self._closing_tag(name, end)
+        if not outer:
+            return end
+        display = _DISPLAYED.search(attributes) is not None
+        if name in _SOURCE:
+            return self._formula(start, outer, _plain_text(self._source[end:inner]), display)
+        if name == "script" and "mml" not in attributes:
+            return self._formula(start, outer, self._source[end:inner], "display" in attributes)
+        return self._formula(start, outer, latex_in(self._source[start:outer]), display)
+
+    def _made(self, name: str, attributes: str, start: int, end: int) -> int:
+        """An element that shows a formula in a library's own way, or what a library adds to one."""
+        inner, outer = self._balanced(name, end)
+        if not outer:
+            return end
+        if re.search(r"mw-editsection|MathJax_Preview|katex-html", attributes):
+            return self._replace(start, outer, "")
+        if re.search(r"MathJax|mjx-chtml|MJXc-display", attributes) and "math/tex" in self._source:
+            return self._replace(start, outer, "")  # the script beside it has the source
+        element = self._source[start:outer]
+        tex = latex_in(element)
+        if not tex and "math " in attributes and "<" not in (content := self._source[end:inner]):
+            tex = html.unescape(content)
+        return self._formula(start, outer, tex, _DISPLAYED.search(element, 0, 600) is not None) if tex else end
+
+    def _text_before(self, start: int) -> str:
+        """The end of the text before `start`, other elements than inline ones as white space."""
+        tail = self._source[max(self._copied, start - 80) : start]
+        for piece in reversed(self._out):
+            if len(tail) >= 80:
+                break
+            tail = piece[-80:] + tail
+        return re.sub(r"<[^<>]*>|^[^<]*>", " ", _INLINE_TAG.sub("", tail))
+
+    def _within(self, position: int) -> str:
+        """The element aside of the text that holds a position, further on than that of the last call; or ""."""
+        while self._aside[1] <= position:
+            self._aside = next(self._asides, (len(self._source) + 1,) * 2 + ("",))
+        return self._aside[2] if self._aside[0] < position else ""
+
+    def _find_asides(self) -> Iterator[tuple[int, int, str]]:
+        position = 0
+        while match := _ASIDE.search(self._source, position):
+            name = match[1] or "!--"
+            position = self._closing_tag(name, match.end())[1]
+            if position:
+                yield match.start(), position, name
+            else:
+                position = match.end()
+
+    def _closing_tag(self, name: str, position: int) -> tuple[int, int]:
+        """Where the next closing tag of this name begins and ends; (0, 0) if there is none."""
+        if name not in self._unclosed:
+            if match := _closing(name).search(self._source, position):
+                return match.span()
+            self._unclosed.add(name)
+        return 0, 0
+
+    def _balanced(self, name: str, position: int) -> tuple[int, int]:
+        """Where the closing tag that belongs to an element begins and ends; (0, 0) if there is none."""
+        depth = 1
+        if name not in self._unclosed:
+            for match in _either(name).finditer(self._source, position):
+                depth += -1 if match[1] else 1
+                if not depth:
+                    return match.span()
+            self._unclosed.add(name)
+        return 0, 0
+
+
+_MAIN = re.compile(r"<(?:main|article|body|h1)\b")

@@ -1,0 +1,149 @@
+"""The stage `corpus` of the command line: `python -m dsm_train corpus <step> --config FILE [key=value ...]`."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import importlib.util
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+PACKAGES = (
+    *("datatrove", "fastwarc", "fasttext", "mathml_to_latex", "pyarrow", "regex", "resiliparse", "selectolax"),
+    *("tokenizers", "tyro", "warcio", "xxhash", "zstandard"),
+)
+"""What the steps import, of the extras `train` and `corpus`."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """A step: its name, the function that runs it, and what it does."""
+
+    name: str
+    module: str
+    function: str
+    description: str
+    needs: tuple[str, ...] = ()
+    """Values of the configuration that have no default and are needed."""
+
+
+STEPS = (
+    Step(
+        "demo",
+        "demo",
+        "run",
+        "Make a small synthetic web with known truth, run all steps on it, and show what was found.",
+    ),
+    Step(
+        "extract",
+        "extract",
+        "run",
+        "WARC and WET files (extract.inputs) to pages of text with mathematics as LaTeX.",
+        ("extract.inputs",),
+    ),
+    Step("dedup", "dedup", "run", "Keep one page of each URL, of each text, and of each group of near-duplicates."),
+    Step(
+        "classify",
+        "rounds",
+        "classify",
+        "Train the classifier of round 1 and score every page; no page is collected.",
+        ("rounds.seeds",),
+    ),
+    Step(
+        "rounds",
+        "rounds",
+        "run",
+        "Rounds of: train, score, collect the best pages up to a budget, find domains, annotate.",
+        ("rounds.seeds",),
+    ),
+    Step("annotate", "annotate", "run", "Write the page on which a person marks the URLs of mathematical domains."),
+    Step(
+        "decontaminate",
+        "decontaminate",
+        "run",
+        "Remove what matches the questions and answers of benchmarks.",
+        ("decontaminate.benchmarks",),
+    ),
+    Step("tokenise", "tokenise", "run", "Write Megatron's indexed dataset and its manifest.", ("tokenizer.path",)),
+)
+RUN = ("extract", "dedup", "rounds", "decontaminate", "tokenise")
+"""The steps of `corpus run`, in order."""
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Run `corpus STEP [--config FILE] [key=value ...]`; errors are one line on stderr and exit status 2."""
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(_usage())
+        raise SystemExit(0 if arguments else 2)
+    name, rest = arguments[0], arguments[1:]
+    known = {step.name: step for step in STEPS}
+    if name not in known and name != "run":
+        near = difflib.get_close_matches(name, [*known, "run"], n=1)
+        _refuse(f"{name} is no step" + (f"; did you mean {near[0]}?" if near else f": {' '.join(known)} run"))
+    missing = [package for package in PACKAGES if importlib.util.find_spec(package) is None]
+    if missing:
+        _refuse(f"the corpus needs {', '.join(missing)}: pip install --no-build-isolation '.[train,corpus]'")
+    steps = [known[step] for step in (RUN if name == "run" else (name,))]
+    _run(f"dsm-train corpus {name}", steps, rest)
+
+
+def _run(prog: str, steps: Sequence[Step], arguments: Sequence[str]) -> None:
+    from dsm_train.__main__ import stage_configs
+    from dsm_train.cli import load_config, user_errors
+    from dsm_train.corpus.config import CorpusConfig
+
+    description = " ".join(step.description for step in steps) if len(steps) == 1 else "All steps: " + ", ".join(RUN)
+    with user_errors(prog):
+        config = load_config(CorpusConfig, arguments, prog=prog, description=description, others=stage_configs())
+        _check(steps, config)
+        try:
+            for step in steps:
+                module = importlib.import_module(f"dsm_train.corpus.{step.module}")
+                _show(step, getattr(module, step.function)(config))
+        except OSError as error:
+            raise ValueError(f"{error.filename or 'a file'}: {error.strerror or error}") from error
+        except KeyboardInterrupt:
+            print(
+                f"\n{prog}: stopped; finished shards are kept, and the same command goes on from there", file=sys.stderr
+            )
+            raise SystemExit(130) from None
+
+
+def _check(steps: Sequence[Step], config: Any) -> None:
+    """Refuse at once what would be missing after hours."""
+    for step in steps:
+        for key in step.needs:
+            section, name = key.split(".")
+            if not getattr(getattr(config, section), name):
+                raise ValueError(f"{key} is needed by the step {step.name}: add {key}=VALUE or set it in the recipe")
+
+
+def _show(step: Step, report: Any) -> None:
+    """Print the counts of a step that reports them."""
+    from dsm_train.corpus.engine import Report
+    from dsm_train.corpus.progress import duration
+
+    if isinstance(report, Report):
+        counts = ", ".join(f"{name} {count:,}" for name, count in report.counts.items())
+        print(f"{step.name}: {counts} ({report.shards} shards, {duration(report.seconds)})", flush=True)
+
+
+def _refuse(message: str) -> NoReturn:
+    print(f"dsm-train corpus: {message}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+def _usage() -> str:
+    width = max(len(step.name) for step in STEPS)
+    steps = "\n".join(f"  {step.name:<{width}}  {step.description}" for step in STEPS)
+    return f"""usage: dsm-train corpus <step> [--config FILE] [key=value ...]
+
+From Common Crawl to training tokens, in rounds, as DeepSeekMath did (arXiv:2402.03300, section 2.1). Steps:
+{steps}
+  {"run":<{width}}  {", ".join(RUN)}: one after the other.
+
+Each step reads what the one before wrote to run.out and writes a folder there, with report.json. A step that was
+stopped goes on where it was when the same command is given again. dsm-train corpus <step> --help explains every key.
+First try: dsm-train corpus demo"""
