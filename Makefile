@@ -1,4 +1,5 @@
 # make quickstart   install what training needs, then train a small model on the CPU (minutes)
+# make corpus-demo  install what mining a corpus needs, then mine a synthetic web (minutes)
 # make test         install, then all tests that need no GPU
 # make lint         formatting, lint, types
 # Each works as the first command on a machine with Python 3.11 or 3.12, a C++ compiler and make.
@@ -8,10 +9,13 @@ VENV   ?= .venv
 PY     := $(VENV)/bin/python
 PIP    := $(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: quickstart test lint clean
+.PHONY: quickstart corpus-demo test lint clean
 
 quickstart: $(VENV)/.train
 	$(PY) -m dsm_train grpo --config recipes/quickstart.yaml
+
+corpus-demo: $(VENV)/.corpus
+	$(PY) -m dsm_train corpus demo --config recipes/corpus-demo.yaml
 
 test: $(VENV)/.dev
 	$(PY) -m pytest tests
@@ -28,11 +32,17 @@ $(VENV)/.torch: constraints.txt
 	$(PIP) torch setuptools ninja wheel numpy
 	@touch $@
 
-$(VENV)/.train: $(VENV)/.torch setup.py pyproject.toml $(shell find csrc -name '*.cpp' -o -name '*.h')
+BUILT_FROM := setup.py pyproject.toml $(shell find csrc -name '*.cpp' -o -name '*.h')
+
+$(VENV)/.train: $(VENV)/.torch $(BUILT_FROM)
 	$(PIP) --no-build-isolation -e '.[train]'
 	@touch $@
 
-$(VENV)/.dev: $(VENV)/.train
+$(VENV)/.corpus: $(VENV)/.torch $(BUILT_FROM)
+	$(PIP) --no-build-isolation -e '.[train,corpus]'
+	@touch $(VENV)/.train $@
+
+$(VENV)/.dev: $(VENV)/.corpus
 	$(PIP) pytest ruff pyright
 	@touch $@
 

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-COMING = ("pretrain", "reward", "ppo", "rft", "dpo", "convert", "plan", "corpus")
+COMING = ("pretrain", "reward", "ppo", "rft", "dpo", "convert", "plan")
 USAGE = """usage: dsm-train <stage> [--config FILE] [key=value ...]
 
 stages:
@@ -18,6 +18,7 @@ stages:
   eval         greedy accuracy and pass@k on held-out tasks
   generate     sample responses to prompts
   verify-step  compare an optimizer step in this layout with the same step on one rank
+  corpus       mine mathematics from Common Crawl: extract, dedup, rounds, decontaminate, tokenise
 
 dsm-train <stage> --help explains every key. On several ranks: torchrun --nproc-per-node N -m dsm_train <stage> ...
 coming: """ + " ".join(COMING)
@@ -57,10 +58,10 @@ def stage(name: str) -> Stage:
 
 def stage_configs() -> list[type]:
     """The configurations of all stages, which may share a recipe."""
-    from dsm_train import stages
+    from dsm_train import stages as s
+    from dsm_train.corpus.config import CorpusConfig
 
-    s = stages
-    return [s.SftConfig, s.GrpoConfig, s.EvaluateConfig, s.GenerateConfig, s.VerifyStepConfig]
+    return [s.SftConfig, s.GrpoConfig, s.EvaluateConfig, s.GenerateConfig, s.VerifyStepConfig, CorpusConfig]
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -73,7 +74,12 @@ def main(argv: list[str] | None = None) -> None:
         print(USAGE)
         raise SystemExit(0 if arguments else 2)
     name, rest = arguments[0], arguments[1:]
-    known = ("sft", "grpo", "eval", "generate", "verify-step")
+    if name == "corpus":
+        from dsm_train.corpus import stage as corpus
+
+        corpus.main(rest)
+        return
+    known = ("sft", "grpo", "eval", "generate", "verify-step", "corpus")
     if name not in known:
         what = "is not built yet" if name in COMING else "is no stage"
         print(f"dsm-train: {name} {what}; stages that run: {' '.join(known)}", file=sys.stderr)

@@ -61,7 +61,9 @@ class Features:
         )
         self._are_words = config.features == "words"
         # Where features are words, the tokenizer still counts tokens for the budget.
-        self._tokens = tokenizer.path and _Tokens(load_tokenizer(tokenizer.path, eos_token=tokenizer.eos_token))
+        self._tokens = tokenizer.path and _Tokens(
+            load_tokenizer(tokenizer.path, eos_token=tokenizer.eos_token).all_text()
+        )
 
     def line(self, text: str) -> str:
         """The features of a text as fastText reads them: separated by spaces, on one line."""

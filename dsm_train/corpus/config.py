@@ -137,13 +137,7 @@ class ClassifierConfig:
     epochs: int = 3
     """Passes over the training pages."""
     bucket: int = 2_000_000
-    """Hash buckets of n-grams; the model takes dim * bucket * 4 bytes, 2 GB by default, in every worker."""
-    loss: Literal["softmax", "hs", "ns"] = "softmax"
-    """Loss (the paper does not say; fastText's default)."""
-    minn: int = 0
-    """Shortest character n-gram; 0: none."""
-    maxn: int = 0
-    """Longest character n-gram; 0: none."""
+    """Hash buckets of n-grams; training takes dim * bucket * 4 bytes, 2 GB by default, and scoring 4 * bucket."""
     threads: int = 1
     """Training threads; more than one is faster and no longer gives the same model twice."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import codecs
 import re
+from functools import lru_cache
 
 from resiliparse.parse.encoding import detect_encoding, map_encoding_to_html5
 from resiliparse.parse.lang import detect_fast
@@ -23,12 +24,14 @@ def decode(data: bytes, charset: str | None = None) -> tuple[str, str]:
     for mark, name in _BOMS:
         if data.startswith(mark):
             return data[len(mark) :].decode(name, "replace"), name
-    declared = _known(charset) or _declared(data)
-    if b"\x1b" not in data or declared != "iso-2022-jp":
+    declared = None
+    if b"\x1b" in data:  # ISO-2022-JP is ASCII to the eye
+        declared = _known(charset) or _declared(data)
+    if declared != "iso2022_jp":
         try:  # a page cut in the middle of a character is still UTF-8
             return codecs.utf_8_decode(data, "strict", False)[0], "utf-8"
         except UnicodeDecodeError:
-            pass
+            declared = _known(charset) or _declared(data)
     if declared in ("", "utf-8"):
         # One stray byte in a page that says UTF-8 does not make it anything else.
         text = data.decode("utf-8", "replace")
@@ -43,6 +46,7 @@ def _declared(data: bytes) -> str:
     return _known((match[1] or match[2]).decode("ascii", "replace")) if match else ""
 
 
+@lru_cache(256)
 def _known(charset: str | None) -> str:
     """Python's name of an encoding as browsers understand its label; "" for one that nobody knows."""
     label = map_encoding_to_html5(charset.strip(" \"'"), fallback_utf8=False) if charset else None

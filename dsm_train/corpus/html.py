@@ -89,28 +89,42 @@ def _reduced(markup: str) -> str:
 
 
 _LINK = re.compile("\x01([^\x01\x02]*)\x02?")
+_SIGN = re.compile("\x01[¶#§🔗]?\x02")
+"""A link without text, or to the heading that it stands in."""
+_FEW = 3
+"""So many links in a row, or lines that are links, may be text."""
 
 
 def _without_links(text: str) -> str:
-    """Without rows of links, and runs of lines that are all links."""
-    lines, run = [], []
-    for line in text.split("\n"):
+    """Without rows of links, and runs of lines that are all links: navigation shows only once it is laid out."""
+    lines: list[str] = []
+    run: list[str] = []
+    for line in _SIGN.sub("", text).split("\n"):
         if "\x01" in line:
             plain, links = _LINK.subn("", line)
             line = line.replace("\x01", "").replace("\x02", "")
             share = len(plain.strip(" \t•|·/,0123456789.")) / (len(line) or 1)
-            if links > 2 and share < 0.4:
+            if links > _FEW and share < 0.4:
                 continue
             if share < 0.2:
                 run.append(line)
                 continue
-        elif not line and run:
+        elif run and not line:
             run.append(line)
             continue
-        lines += run if len(run) < 6 else []
-        run = []
+        if run:
+            lines += _few(run)
+            run = []
         lines.append(line)
-    text = "\n".join(lines + (run if len(run) < 6 else []))
+    text = "\n".join(lines + _few(run))
     for unwanted, wanted in (("\x02", ""), ("\xa0", " "), ("\xad", ""), ("\u200b", ""), ("\x00", "")):
         text = text.replace(unwanted, wanted)
     return re.sub(r"\n{3,}", "\n\n", text).strip()
+
+
+def _few(run: list[str]) -> list[str]:
+    """The lines of a run where they are few; otherwise its last paragraph if that is one line, such as a heading."""
+    if sum(map(bool, run)) <= _FEW:
+        return run
+    *_, before, line, after = run[-3:] if len(run) > 2 else ["", "x", "", ""]
+    return ["", line, ""] if line and not before and not after else [""]

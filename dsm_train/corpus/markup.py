@@ -34,8 +34,8 @@ _MADE = (
 )
 """Elements that a library for mathematics made, or added to."""
 _DOUBTFUL = (
-    r"(nav|aside|footer|dialog|(?:div|section|ul|ol|header|form|table|p|li|dl)(?=\s)|(?:span|a)(?=\s[^>]*(?:none|idden|skip)))"
-    r"(\s[^<>]*+)?>"
+    r"(nav|aside|footer|dialog|(?:div|section|ul|ol|header|form|table|p|li|dl)(?=\s)"
+    r"""|span(?=\s+(?:class="[^"]*+"\s+)?(?:style="[^"]*(?:none|hidden)|hidden|aria-hidden)))(\s[^<>]*+)?>"""
 )
 """Elements that may not be part of the text."""
 _TELLING = re.compile(rf"<(?:({_NAMES})(?![\w:-]){_ATTRIBUTES}(?:>|\Z)|{_MADE}|{_DOUBTFUL})", re.S)

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import functools
 import html
 import re
 from collections.abc import Callable
@@ -124,7 +125,7 @@ def formula_html(formula: Formula, markup: Markup) -> str:
     tex, node = html.escape(formula.tex, quote=True), parse_tex(formula.tex)
     namespace = 'xmlns="http://www.w3.org/1998/Math/MathML"'
     annotation = f'<annotation encoding="application/x-tex">{tex}</annotation>'
-    # Two are lazy: they cost more than the rest of the page.
+    # Functions, since most of the work would be for kinds that are not asked for.
     writers: dict[Markup, Callable[[], str]] = {
         "mathjax": lambda: f'<script type="math/tex">{formula.tex}</script>',
         "delimiters": lambda: rf"\({tex}\)",
@@ -158,20 +159,22 @@ def make_look(rng: Random, host: str, language: str, markup: Markup) -> Look:
     return Look(host, language, markup, layout, charset, menu)
 
 
-def render(rng: Random, document: Document, look: Look, damage: Damage = "") -> tuple[bytes, str]:
+def render(rng: Random, document: Document, look: Look, damage: Damage = "", padding: int = 0) -> tuple[bytes, str]:
     """The bytes of a page and its Content-Type header.
 
     `damage`: "markup" leaves tags open, closes others twice and cuts the page off in its footer; "charset" declares no
     character set, or none that is true; "script" leaves the text to a script, as sites do that are an application.
+    `padding`: bytes of script and menus besides.
     """
     text = _script_only(document) if damage == "script" else _body(rng, document, look)
     declared = look.charset if damage != "charset" else rng.choice(["", "x-unknown"])
     in_header = rng.random() < 0.5
+    scripts, menus = _padding(look.host, padding) if padding else ("", "")
     meta = f'<meta charset="{declared}">' if declared and not in_header else ""
     page = (
         f'<!DOCTYPE html>\n<html lang="{look.language}"><head>{meta}<title>{html.escape(document.title)} - {look.host}'
         f"</title><style>body{{margin:0}} nav li{{float:left}}</style><script>var page={{id:{rng.randint(1, 10**6)}}};"
-        f"</script></head>\n<body>{text}</body></html>\n"
+        f"</script>{scripts}</head>\n<body>{menus}{text}</body></html>\n"
     )
     if damage == "markup":
         page = _tear(rng, page)
@@ -227,3 +230,18 @@ def _tear(rng: Random, page: str) -> str:
         "<footer>", "</div></div><footer class='x' class=\"y>", 1
     )
     return page[: len(page) - rng.randint(20, 60)]
+
+
+@functools.lru_cache(64)
+def _padding(host: str, size: int) -> tuple[str, str]:
+    """What surrounds the text on the pages of a site: three fifths script, two fifths menus."""
+    rng = Random(f"padding/{host}")
+    names = [invented(rng, 2) for _ in range(200)]
+    data, menu = [], []
+    while sum(map(len, data)) < 0.6 * size:
+        data.append(f'"{rng.choice(names)}":{{"id":{rng.randrange(10**6)},"href":"/{rng.choice(names)}","on":true}},')
+    while sum(map(len, menu)) < 0.4 * size:
+        name = rng.choice(names)
+        link = f'<a href="/{name}" title="{name}"><span>{name}</span></a>'
+        menu.append(f'<li class="item level-{rng.randrange(9)}">{link}</li>')
+    return f"<script>window.site={{{''.join(data)}}};</script>", f"<nav><ul>{''.join(menu)}</ul></nav>"

@@ -161,8 +161,12 @@ class Planned:
     look: Look
 
 
-def make(folder: Path, seed: int, pages: int) -> Truth:
-    """Write a web of `pages` HTML pages. Raises ValueError below 500, which hold too little of each kind."""
+def make(folder: Path, seed: int, pages: int, padding: int = 0) -> Truth:
+    """Write a web of `pages` HTML pages.
+
+    `padding`: bytes of script, style and menus around each page, as real ones have, for measurements of time. Raises
+    ValueError below 500 pages, which hold too little of each kind.
+    """
     if pages < 500:
         raise ValueError(f"a synthetic web needs at least 500 pages, got {pages}")
     rng = Random(f"{seed}/web")
@@ -176,7 +180,7 @@ def make(folder: Path, seed: int, pages: int) -> Truth:
         with open(folder / "warc" / f"synthetic-{number:05d}.warc.gz", "wb") as file:
             file.write(_record("warcinfo", "", "2024-01-01T00:00:00Z", b"software: dsm synthetic web\r\n"))
             for plan in planned[start : start + _PAGES_PER_FILE]:
-                body, content_type = write_page(plan, seed, benchmark)
+                body, content_type = write_page(plan, seed, benchmark, padding)
                 file.write(_response(plan.truth.url, plan.truth.date, content_type, body))
                 if rng.random() < 0.05:
                     file.write(_no_page(rng, plan))
@@ -281,7 +285,7 @@ def _copies(rng: Random, planned: list[Planned], copies: dict[Copy, int]) -> lis
     return made
 
 
-def write_page(plan: Planned, seed: int, benchmark: Sequence[text.Item]) -> tuple[bytes, str]:
+def write_page(plan: Planned, seed: int, benchmark: Sequence[text.Item], padding: int = 0) -> tuple[bytes, str]:
     """The bytes of a planned page and its Content-Type header."""
     rng = Random(f"{seed}/page/{plan.index}")
     document = _document(rng, plan)
@@ -293,7 +297,7 @@ def write_page(plan: Planned, seed: int, benchmark: Sequence[text.Item]) -> tupl
         document = text.with_edits(rng, document)
     elif plan.truth.contaminated or plan.truth.near_miss:
         document = text.with_passage(rng, document, _passage(rng, plan.truth, benchmark))
-    return render(Random(f"{seed}/render/{plan.index}"), document, plan.look, plan.truth.damage)
+    return render(Random(f"{seed}/render/{plan.index}"), document, plan.look, plan.truth.damage, padding)
 
 
 def _document(rng: Random, plan: Planned) -> text.Document:

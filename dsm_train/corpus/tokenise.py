@@ -124,9 +124,7 @@ class _Encode:
 
     def load(self) -> Tokenizer:
         """The tokenizer, for which "<eos>" in a page is text like any other."""
-        tokenizer = load_tokenizer(self.tokenizer.path, eos_token=self.tokenizer.eos_token)  # type: ignore[arg-type]
-        tokenizer._backend.encode_special_tokens = True
-        return tokenizer
+        return load_tokenizer(self.tokenizer.path, eos_token=self.tokenizer.eos_token).all_text()  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)

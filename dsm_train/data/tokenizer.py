@@ -6,6 +6,7 @@ boundary, and training would then see ids that no rollout, which continues the p
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -36,6 +37,13 @@ class Tokenizer:
         # Not the number of tokens: ids may have gaps, and the largest one needs its row in the embedding.
         self.vocab_size = 1 + max(backend.get_vocab(with_added_tokens=True).values())
         backend.encode_special_tokens = pretrained is None
+
+    def all_text(self) -> Tokenizer:
+        """The same tokenizer for texts of unknown origin: what spells a special token is text like any other."""
+        backend = copy.deepcopy(self._backend)
+        tokenizer = Tokenizer(backend, self.eos_id, self.pad_id, self._pretrained)
+        backend.encode_special_tokens = True
+        return tokenizer
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a text."""

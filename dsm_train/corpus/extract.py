@@ -1,0 +1,183 @@
+"""WARC and WET files to pages: the first step of the corpus.
+
+    counts = Counter()
+    for page in extract_file(Path("CC-MAIN-....warc.gz"), config.extract, counts): ...
+
+Records stream by, one in memory at a time. A record that cannot be used is counted under the reason, and a file that
+ends before its time gives what could be read: nothing that stands in a file stops the step.
+"""
+
+from __future__ import annotations
+
+import glob
+import gzip
+import io
+import re
+import zlib
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+from fastwarc.warc import ArchiveIterator, WarcRecord, WarcRecordType
+from resiliparse.parse.http import iterate_http_chunks
+
+from dsm_train.corpus.config import CorpusConfig, ExtractConfig
+from dsm_train.corpus.detect import decode, detect_language
+from dsm_train.corpus.engine import Report, Task, run_step, shard_tasks
+from dsm_train.corpus.html import NestedTooDeep, html_to_text
+from dsm_train.corpus.page import Page, page_id, write_pages
+
+SUFFIXES = (".warc", ".warc.gz", ".warc.zst", ".wet", ".wet.gz", ".wet.zst")
+_HTML = ("text/html", "application/xhtml+xml")
+_MEGABYTE = 1 << 20
+_CHUNK = re.compile(rb"[0-9A-Fa-f]{1,8}\s*(?:;[^\r\n]*)?\r\n")
+
+
+def run(config: CorpusConfig) -> Report:
+    """Extract every file of `config.extract.inputs` to a shard of `run.out/extract`. Raises ValueError for no files."""
+    out = config.run.out / "extract"
+    tasks = shard_tasks(input_files(config.extract.inputs), out, config.engine)
+    return run_step("extract", tasks, Extract(config.extract), config.engine, out)
+
+
+def input_files(inputs: tuple[str, ...]) -> list[Path]:
+    """The WARC and WET files that paths, folders and globs name, sorted. Raises ValueError for one that names none."""
+    files: set[Path] = set()
+    for name in inputs:
+        path = Path(name)
+        if path.is_dir():
+            found = [file for file in path.rglob("*") if file.name.endswith(SUFFIXES)]
+        else:
+            found = [path] if path.is_file() else [Path(match) for match in glob.glob(name, recursive=True)]
+        if not found:
+            raise ValueError(f"extract.inputs: {name!r} names no WARC or WET file ({', '.join(SUFFIXES)}): correct it")
+        files.update(found)
+    return sorted(files)
+
+
+@dataclass(frozen=True)
+class Extract:
+    """The work of one task: its files to one shard of pages."""
+
+    config: ExtractConfig
+
+    def __call__(self, task: Task) -> Mapping[str, int]:
+        counts: Counter[str] = Counter()
+        write_pages(task.output, (page for path in task.inputs for page in extract_file(path, self.config, counts)))
+        return counts
+
+
+def extract_file(path: str | Path, config: ExtractConfig, counts: Counter[str]) -> Iterator[Page]:
+    """The pages of a WARC file (responses that are HTML) or a WET file (conversions).
+
+    Adds to `counts`: records, pages, formulas; what was left out: not_html, status (another than 200), too_large,
+    too_deep, broken, empty, no_text, too_short, language; and truncated for a file that ends in the middle.
+    """
+    wanted = WarcRecordType.response | WarcRecordType.conversion
+    with open(path, "rb") as file:
+        stream = _Stream(gzip.GzipFile(fileobj=file) if str(path).endswith(".gz") else file)
+        try:
+            for record in ArchiveIterator(stream, record_types=wanted, parse_http=True):  # type: ignore[arg-type]
+                counts["records"] += 1
+                try:
+                    page = _page(record, config, counts)
+                except NestedTooDeep:
+                    counts["too_deep"] += 1
+                except (ValueError, OSError, EOFError, RuntimeError, zlib.error):
+                    counts["broken"] += 1
+                else:
+                    if page is not None:
+                        counts["pages"] += 1
+                        yield page
+        except (ValueError, OSError, EOFError, RuntimeError):  # what is no record any more
+            stream.torn = True
+        if stream.torn:
+            counts["truncated"] += 1
+
+
+class _Stream:
+    """A file that ends where it is torn, and says so: fastwarc alone ends without a word."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self.file = file
+        self.torn = False
+
+    def read(self, size: int = -1) -> bytes:
+        """Up to `size` bytes."""
+        try:
+            return self.file.read(size)
+        except (EOFError, OSError, zlib.error):
+            self.torn = True
+            return b""
+
+    def tell(self) -> int:
+        """Place in the file."""
+        return self.file.tell()
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        """Move to a place."""
+        return self.file.seek(offset, whence)
+
+    def close(self) -> None:
+        """Close the file."""
+        self.file.close()
+
+
+def _page(record: WarcRecord, config: ExtractConfig, counts: Counter[str]) -> Page | None:
+    """The page of a record, or None, counted, where there is none to keep."""
+    if record.record_type == WarcRecordType.response and not _is_html(record, counts):
+        return None
+    limit = config.max_html_mb * _MEGABYTE
+    data = _payload(record, limit + 1)
+    if len(data) > limit:
+        counts["too_large"] += 1
+        return None
+    if not data.strip():
+        counts["empty"] += 1
+        return None
+    if record.record_type == WarcRecordType.response:
+        extracted = html_to_text(data, charset=record.http_charset)
+        text, language = extracted.text, extracted.language
+        counts["formulas"] += extracted.formulas
+    else:
+        text = decode(data, "utf-8")[0].replace("\x00", "").strip()
+        language = detect_language(text)
+    reason = (
+        ("no_text" if not text else "too_short")
+        if not text or len(text) < config.min_chars
+        else "language"
+        if config.languages and language not in config.languages
+        else ""
+    )
+    if reason:
+        counts[reason] += 1
+        return None
+    url, date = record.headers.get("WARC-Target-URI", "") or "", record.headers.get("WARC-Date", "") or ""
+    return Page(page_id(url, date), url, text, language, date)
+
+
+def _payload(record: WarcRecord, limit: int) -> bytes:
+    """Up to `limit` bytes of a record, decoded where its HTTP headers are true; Common Crawl's are decoded already."""
+    data = record.reader.read(limit)
+    headers = record.http_headers if record.record_type == WarcRecordType.response else None
+    if headers is None:
+        return data
+    if "chunked" in (headers.get("Transfer-Encoding") or "").lower() and _CHUNK.match(data):
+        data = b"".join(iterate_http_chunks(io.BytesIO(data)))
+    if "gzip" in (headers.get("Content-Encoding") or "").lower() and data.startswith(b"\x1f\x8b"):
+        return zlib.decompressobj(31).decompress(data, limit)  # what there is, of a body that was cut
+    return data
+
+
+def _is_html(record: WarcRecord, counts: Counter[str]) -> bool:
+    headers = record.http_headers
+    if headers is None or headers.status_code not in (None, 200):
+        counts["status"] += 1
+        return False
+    kind = (headers.get("Content-Type") or _HTML[0]).partition(";")[0].strip().lower()
+    if kind not in _HTML:
+        counts["not_html"] += 1
+        return False
+    return True
