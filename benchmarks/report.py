@@ -30,18 +30,18 @@ def environment(device: torch.device) -> dict[str, Any]:
     """Device, date, commit, versions, threads, and what serves our ops."""
     served = implementations()
     return {
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name(),
         "device_type": device.type,
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "commit": _commit(),
-        "versions": {"python": platform.python_version()} | {name: _version(name) for name in _PACKAGES},
+        "commit": commit(),
+        "versions": {"python": platform.python_version()} | {name: version(name) for name in _PACKAGES},
         "threads": torch.get_num_threads(),
         "load_average": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
         "served_by": {name: served[name][device.type] for name in _SERVING if name in served},
     }
 
 
-def _cpu_name() -> str:
+def cpu_name() -> str:
     try:
         text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
     except OSError:
@@ -50,7 +50,7 @@ def _cpu_name() -> str:
     return f"{match.group(1).strip() if match else platform.processor() or platform.machine()}, {os.cpu_count()} cores"
 
 
-def _commit() -> str | None:
+def commit() -> str | None:
     """With "+" where files that git tracks have changed; None outside of a checkout."""
     try:
         git = ["git", "-C", str(Path(__file__).parent)]
@@ -61,7 +61,7 @@ def _commit() -> str | None:
     return commit + "+" * bool(changed.strip())
 
 
-def _version(package: str) -> str | None:
+def version(package: str) -> str | None:
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:

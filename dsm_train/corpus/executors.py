@@ -29,7 +29,7 @@ from datatrove.utils.stats import PipelineStats
 from dsm_train.corpus.config import EngineConfig
 
 Job = Callable[[], None]
-_PRELOADED = ["dsm_train.corpus.dedup", "dsm_train.corpus.extract"]
+_PRELOADED = [*(f"dsm_train.corpus.{name}" for name in ("dedup", "extract", "rounds")), "fasttext", "pyarrow.parquet"]
 """Modules that workers need and that take their time to import."""
 _HOPELESS = 16
 """Shards that fail, and none that succeeds, after which the others are not tried."""

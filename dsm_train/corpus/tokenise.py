@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import array
 import hashlib
 import json
 import shutil
@@ -10,10 +11,12 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from dsm_train.config import require
 from dsm_train.corpus.config import CorpusConfig, EngineConfig, TokenizerConfig
 from dsm_train.corpus.engine import Report, Task, claim, finished_shards, read_report, run_step, write_json
-from dsm_train.corpus.page import read_pages
+from dsm_train.corpus.page import read_pages, replacing
 from dsm_train.data.tokenizer import Tokenizer, load_tokenizer
 
 NAME = "corpus"
@@ -101,24 +104,28 @@ def to_dataset(
 
 @dataclass(frozen=True)
 class _Encode:
-    """Work of a shard: its own dataset, and a `Source` beside it."""
+    """Work of a shard: its ids and the lengths of its documents as plain int32, and a `Source` beside them.
+
+    Megatron's own format is left to the merge, since to import Megatron takes a worker longer than many a shard.
+    """
 
     tokenizer: TokenizerConfig
     record: FileRecord
 
     def __call__(self, task: Task) -> Mapping[str, int]:
-        from dsm_train.megatron.indexed import writing
-
-        tokenizer = self.load()
-        pages = tokens = empty = 0
-        with writing(task.output.with_suffix(""), tokenizer.vocab_size) as dataset:
+        tokenizer, lengths, empty = self.load(), array.array("i"), 0
+        with replacing(_ids(task.output)) as temporary, open(temporary, "wb") as file:
             for page in read_pages(task.inputs[0]):
-                ids = [token for part in _blocks(page.text) for token in tokenizer.encode(part)]
+                ids = array.array("i", [token for part in _blocks(page.text) for token in tokenizer.encode(part)])
                 if ids:
-                    dataset.add([*ids, tokenizer.eos_id])
-                    pages, tokens = pages + 1, tokens + len(ids) + 1
+                    ids.append(tokenizer.eos_id)
+                    ids.tofile(file)
+                    lengths.append(len(ids))
                 else:
                     empty += 1
+        with replacing(_lengths(task.output)) as temporary:
+            temporary.write_bytes(lengths.tobytes())
+        pages, tokens = len(lengths), sum(lengths)
         write_json(task.output, asdict(Source(_record(task.inputs[0]), pages, tokens, empty)))
         return {"pages": pages, "tokens": tokens, "empty": empty}
 
@@ -145,7 +152,7 @@ class _Merge:
                 made = self.parts / f"{index:05d}.json"
                 source = json.loads(made.read_text(encoding="utf-8"))
                 sources.append(Source(FileRecord(**source.pop("file")), **source))
-                dataset.append(made.with_suffix(""))
+                dataset.add(_read(_ids(made)), _read(_lengths(made)))
         manifest = Manifest(
             pages=sum(source.pages for source in sources),
             tokens=sum(source.tokens for source in sources),
@@ -160,6 +167,18 @@ class _Merge:
         write_json(task.output, asdict(manifest))
         empty = sum(source.empty for source in sources)
         return {"pages": manifest.pages, "tokens": manifest.tokens, "empty": empty}
+
+
+def _ids(made: Path) -> Path:
+    return made.with_suffix(".ids")
+
+
+def _lengths(made: Path) -> Path:
+    return made.with_suffix(".lengths")
+
+
+def _read(path: Path) -> np.ndarray:
+    return np.memmap(path, np.int32, "r") if path.stat().st_size else np.empty(0, np.int32)
 
 
 def _blocks(text: str) -> Iterator[str]:

@@ -1,16 +1,19 @@
-"""Megatron's indexed dataset, `PREFIX.bin` and `PREFIX.idx`: documents of token ids, written and merged."""
+"""Megatron's indexed dataset, `PREFIX.bin` and `PREFIX.idx`: documents of token ids."""
 
 from __future__ import annotations
 
 import array
 import contextlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from megatron.core.datasets.indexed_dataset import DType, IndexedDataset, IndexedDatasetBuilder
+
+_BLOCK = 1 << 22
+"""Ids in memory at once."""
 
 
 def token_dtype(vocab_size: int) -> str:
@@ -24,13 +27,16 @@ class DatasetWriter:
 
     _builder: IndexedDatasetBuilder
 
-    def add(self, ids: Sequence[int]) -> None:
-        """Add one document of token ids."""
-        self._builder.add_document(ids, [len(ids)])  # type: ignore[arg-type]
-
-    def append(self, prefix: Path) -> None:
-        """Add all documents of another dataset, which has the same type."""
-        self._builder.add_index(str(prefix))
+    def add(self, ids_T: np.ndarray, lengths_N: np.ndarray) -> None:
+        """Add N documents: their T ids one after the other, and how many ids each has. `ids_T` may be a memory map."""
+        if len(ids_T) != lengths_N.sum():
+            raise ValueError(f"{len(ids_T)} ids for documents of {lengths_N.sum()} in all: they do not belong together")
+        builder = self._builder
+        for start in range(0, len(ids_T), _BLOCK):
+            builder.data_file.write(ids_T[start : start + _BLOCK].astype(builder.dtype).tobytes())
+        first = len(builder.sequence_lengths)
+        builder.sequence_lengths.extend(lengths_N.tolist())
+        builder.document_indices.extend(range(first + 1, first + len(lengths_N) + 1))
 
 
 @contextlib.contextmanager

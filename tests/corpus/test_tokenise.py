@@ -165,7 +165,7 @@ def test_ids_are_stored_in_the_type_that_the_vocabulary_needs(tmp_path: Path, vo
 
     assert token_dtype(vocabulary) == dtype
     with writing(tmp_path / "data", vocabulary) as writer:
-        writer.add([1, vocabulary - 1])
+        writer.add(np.array([1, vocabulary - 1]), np.array([2]))
     (ids,) = documents(tmp_path / "data")
     assert ids.tolist() == [1, vocabulary - 1] and ids.dtype == dtype
 
@@ -174,9 +174,11 @@ def test_a_dataset_that_fails_halfway_is_not_there(tmp_path: Path) -> None:
     from dsm_train.megatron.indexed import writing
 
     with pytest.raises(RuntimeError, match="the source broke"), writing(tmp_path / "data", 400) as writer:
-        writer.add([1, 2, 3])
+        writer.add(np.array([1, 2, 3]), np.array([2, 1]))
         raise RuntimeError("the source broke")
     assert list(tmp_path.iterdir()) == []
+    with pytest.raises(ValueError, match="3 ids for documents of 2"), writing(tmp_path / "data", 400) as writer:
+        writer.add(np.array([1, 2, 3]), np.array([2]))
 
 
 def test_a_tokenizer_is_needed_and_looked_for_at_once(tmp_path: Path) -> None:
