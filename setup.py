@@ -48,8 +48,6 @@ EXTRAS = {
         "regex",
         "fastwarc>=2,<3",
         "resiliparse>=2,<3",
-        "selectolax>=1,<2",
-        "mathml-to-latex",
         "fasttext-numpy2",
         "xxhash>=3",
         "zstandard",

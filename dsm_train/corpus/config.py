@@ -199,6 +199,8 @@ class RoundsConfig:
 class DecontaminateConfig:
     """Step `decontaminate`: no page holds a benchmark's question or answer."""
 
+    inputs: Path | None = None
+    """Folder of pages to decontaminate; none: what the last round collected."""
     benchmarks: tuple[str, ...] = ()
     """JSONL files of benchmark items (question, answer)."""
     ngram: int = 10

@@ -21,8 +21,8 @@ import numpy as np
 
 from dsm_train.corpus.benchmarks import Benchmarks, Match, Words
 from dsm_train.corpus.config import CorpusConfig, DecontaminateConfig, EngineConfig
-from dsm_train.corpus.engine import Report, Task, run_step, shard_tasks, write_json
-from dsm_train.corpus.page import Page, read_pages, replacing, shards, write_pages
+from dsm_train.corpus.engine import Report, Task, finished_shards, run_step, shard_tasks, write_json
+from dsm_train.corpus.page import Page, read_pages, replacing, write_pages
 
 _BATCH_CHARS = 1 << 18
 """Characters compared at once."""
@@ -153,11 +153,12 @@ def decontaminate(config: DecontaminateConfig, engine: EngineConfig, inputs: Seq
 
 
 def run(config: CorpusConfig) -> Report:
-    """The step of the command line: what the last round collected, into the folder `decontaminate`."""
+    """The step of the command line: decontaminate.inputs, or what the last round collected, to OUT/decontaminate."""
     from dsm_train.corpus.rounds import collected_folder
 
     out = config.run.out
-    return decontaminate(config.decontaminate, config.engine, shards(collected_folder(out)), out / "decontaminate")
+    inputs = finished_shards(config.decontaminate.inputs or collected_folder(out))
+    return decontaminate(config.decontaminate, config.engine, inputs, out / "decontaminate")
 
 
 @functools.lru_cache(1)

@@ -11,8 +11,7 @@ from dataclasses import dataclass
 from typing import Any, NoReturn
 
 PACKAGES = (
-    *("datatrove", "fastwarc", "fasttext", "mathml_to_latex", "pyarrow", "regex", "resiliparse", "selectolax"),
-    *("tokenizers", "tyro", "warcio", "xxhash", "zstandard"),
+    *("datatrove", "fastwarc", "fasttext", "pyarrow", "regex", "resiliparse", "tokenizers", "tyro", "xxhash", "zstandard"),
 )
 """What the steps import, of the extras `train` and `corpus`."""
 
