@@ -9,7 +9,7 @@ VENV   ?= .venv
 PY     := $(VENV)/bin/python
 PIP    := $(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: quickstart corpus-demo test lint clean
+.PHONY: quickstart corpus-demo test test-native test-interpreter lint clean
 
 quickstart: $(VENV)/.train
 	$(PY) -m dsm_train grpo --config recipes/quickstart.yaml
@@ -17,9 +17,15 @@ quickstart: $(VENV)/.train
 corpus-demo: $(VENV)/.corpus
 	$(PY) -m dsm_train corpus demo --config recipes/corpus-demo.yaml
 
+# Both at once: each is one process most of the time.
 test: $(VENV)/.dev
+	$(MAKE) --no-print-directory --jobs 2 --output-sync=target test-native test-interpreter
+
+test-native: $(VENV)/.dev
 	$(PY) -m pytest tests
-	TRITON_INTERPRET=1 $(PY) -m pytest tests/ops -m "not no_interpret and not gpu"
+
+test-interpreter: $(VENV)/.dev
+	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(PY) -m pytest tests/ops -m "not no_interpret and not gpu"
 
 lint: $(VENV)/.dev
 	$(PY) -m ruff check .
