@@ -14,7 +14,7 @@ _THING = (
     "footer copyright cookie cookies consent gdpr ad ads advert adverts advertisement advertisements adsense sponsor "
     "sponsored sponsors promo promoted promotion banner donate donation popup modal lightbox overlay share sharing sharedaddy "
     "addtoany social newsletter subscribe subscription login signin signup register pagination pager prevnext skip skiplink "
-    "skipnav searchbox searchbar searchform search related recommended recommendations trending toolbar editsection "
+    "skipnav site-header jump searchbox searchbar searchform search related recommended recommendations trending toolbar editsection "
     "headerlink permalink anchorlink noprint catlinks navbox printfooter feedback masthead"
 )
 _PART = (
@@ -29,13 +29,13 @@ def _any(words: str) -> str:
 
 
 _NAMED = re.compile(
-    rf"(?:^|[\s\"'])(?:(?:{_any(_PLACE)})[_-]*)*(?:{_any(_THING)})(?:[_-]*(?:{_any(_PART)}))*(?=[\s\"']|$)"
+    rf"(?:^|[\s\"'])(?:(?:{_any(_PLACE)})[_-]*)*(?:{_any(_THING)})(?:[_-]*(?:{_any(_THING)}|{_any(_PART)}))*(?=[\s\"']|$)"
 )
 _HIDDEN = re.compile(
     r"\s(?:hidden\b(?!\s*=\s*[\"']?(?:false|until))|aria-hidden\s*=\s*[\"']?true|role\s*=\s*[\"']?(?:navigation|search|menu"
     r"|menubar|banner|contentinfo|complementary|dialog|alertdialog|alert|tooltip|toolbar|tablist)\b"
     r"|style\s*=\s*[\"']?[^\"'>]*(?:display\s*:\s*none|visibility\s*:\s*hidden)"
-    r"|class\s*=\s*[\"']?(?:[\w-]+\s+)*(?:(?:is|visually|u)-?)?(?:hidden|display-none|d-none|invisible|sr-only|nocontent)\b)"
+    r"|class\s*=\s*[\"']?(?:[\w-]+\s+)*(?:(?:is|visually|u)-?)?(?:hidden|display-none|d-none|invisible|sr-only|screen-reader-text|nocontent)\b)"
 )
 _NAMES = re.compile(r"""\s(?:class|id)\s*=\s*("[^"]*"|'[^']*'|\S+)""")
 OUTSIDE = frozenset({"nav", "aside", "footer", "dialog"})

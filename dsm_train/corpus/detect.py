@@ -56,12 +56,24 @@ def _known(charset: str | None) -> str:
         return ""
 
 
+_CONTROL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")
+_NO_CONTROL = dict.fromkeys([*range(9), 11, 12, *range(14, 32), 127])
+
+
+def printable(text: str) -> str:
+    """Text without control characters; "" where one in ten is one, or did not decode: not a text, but data."""
+    clean = text.translate(_NO_CONTROL) if text.isascii() else _CONTROL.sub("", text)  # the same, and faster
+    return clean if 10 * (len(text) - len(clean) + text.count("\ufffd")) < len(text) else ""
+
+
 _FORMULA = re.compile(r"\$\$?[^$]*\$\$?")
 _SAMPLE = 1000
 _ENGLISH = (" the ", " of ", " and ", " is ", " that ")
 _KANA = re.compile("[\u3040-\u30ff]")
 _HANGUL = re.compile("[\uac00-\ud7af]")
 _HAN = re.compile("[\u4e00-\u9fff]")
+_CYRILLIC = {"uk": re.compile("[іїєґ]"), "ru": re.compile("[ыэ]"), "bg": re.compile("$^")}
+"""Languages that are near in letter statistics, and the letters of one that the others do not have."""
 
 
 def detect_language(text: str, declared: str = "") -> str:
@@ -88,4 +100,6 @@ def detect_language(text: str, declared: str = "") -> str:
     (language, distance), scores = ranked[0], dict(ranked)
     if declared in scores and scores[declared] < distance * 1.15:
         return declared
+    if language in _CYRILLIC:
+        return next((name for name, letters in _CYRILLIC.items() if letters.search(sample)), language)
     return language if distance < 1200 else ""

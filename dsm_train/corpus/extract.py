@@ -18,13 +18,13 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import BinaryIO
 
 from fastwarc.warc import ArchiveIterator, WarcRecord, WarcRecordType
 from resiliparse.parse.http import iterate_http_chunks
 
 from dsm_train.corpus.config import CorpusConfig, ExtractConfig
-from dsm_train.corpus.detect import decode, detect_language
+from dsm_train.corpus.detect import decode, detect_language, printable
 from dsm_train.corpus.engine import Report, Task, run_step, shard_tasks
 from dsm_train.corpus.html import NestedTooDeep, html_to_text
 from dsm_train.corpus.page import Page, page_id, write_pages
@@ -32,6 +32,9 @@ from dsm_train.corpus.page import Page, page_id, write_pages
 SUFFIXES = (".warc", ".warc.gz", ".warc.zst", ".wet", ".wet.gz", ".wet.zst")
 _HTML = ("text/html", "application/xhtml+xml")
 _MEGABYTE = 1 << 20
+_WANTED = WarcRecordType.response | WarcRecordType.conversion
+_RECORD = re.compile(rb"\x1f\x8b\x08[\x00\x04]|\x28\xb5\x2f\xfd|(?<![^\n\0])WARC/1\.")
+"""How a record begins: that of gzip, of Zstandard, and a plain one."""
 _CHUNK = re.compile(rb"[0-9A-Fa-f]{1,8}\s*(?:;[^\r\n]*)?\r\n")
 
 
@@ -70,67 +73,86 @@ class Extract:
 
 
 def extract_file(path: str | Path, config: ExtractConfig, counts: Counter[str]) -> Iterator[Page]:
-    """The pages of a WARC file (responses that are HTML) or a WET file (conversions).
+    """The pages of a WARC file (responses that are HTML) or a WET file (conversions), plain or compressed.
 
     Adds to `counts`: records, pages, formulas; what was left out: not_html, status (another than 200), too_large,
-    too_deep, broken, empty, no_text, too_short, language; and truncated for a file that ends in the middle.
+    too_deep, broken, empty, no_text, too_short, language; damaged for every place in the file that cannot be read, and
+    truncated for a file that ends too early. Raises OSError where the disk fails.
     """
-    wanted = WarcRecordType.response | WarcRecordType.conversion
     with open(path, "rb") as file:
-        stream = _Stream(gzip.GzipFile(fileobj=file) if str(path).endswith(".gz") else file)
+        for record, data in _records(file, config.max_html_mb * _MEGABYTE + 1, counts):
+            counts["records"] += 1
+            try:
+                page = _page(record, data, config, counts)
+            except NestedTooDeep:
+                counts["too_deep"] += 1
+            except (ValueError, OSError, EOFError, RuntimeError, zlib.error):
+                counts["broken"] += 1
+            else:
+                if page is not None:
+                    counts["pages"] += 1
+                    yield page
+
+
+def _records(file: BinaryIO, limit: int, counts: Counter[str]) -> Iterator[tuple[WarcRecord, bytes]]:
+    """Responses and conversions, each with up to `limit` bytes of its content; what is damaged is passed over."""
+    position: int | None = 0
+    damaged = False
+    while position is not None:
+        file.seek(position)
         try:
-            for record in ArchiveIterator(stream, record_types=wanted, parse_http=True):  # type: ignore[arg-type]
-                counts["records"] += 1
-                try:
-                    page = _page(record, config, counts)
-                except NestedTooDeep:
-                    counts["too_deep"] += 1
-                except (ValueError, OSError, EOFError, RuntimeError, zlib.error):
-                    counts["broken"] += 1
-                else:
-                    if page is not None:
-                        counts["pages"] += 1
-                        yield page
-        except (ValueError, OSError, EOFError, RuntimeError):  # what is no record any more
-            stream.torn = True
-        if stream.torn:
-            counts["truncated"] += 1
+            for record in ArchiveIterator(file, record_types=_WANTED, parse_http=True):  # type: ignore[arg-type]
+                position = record.stream_pos
+                data = record.reader.read(limit)
+                if len(data) < min(limit, record.content_length):
+                    raise EOFError("the file ends in a record, or one is shorter than it says")
+                if damaged:
+                    counts["damaged"] += 1
+                    damaged = False
+                yield record, data
+            if not _is_cut(file, position):
+                return
+        except (OSError, EOFError) as error:
+            if getattr(error, "errno", None):  # not the file, but the disk
+                raise
+        damaged = True
+        position = _next_record(file, position + 1)
+    counts["truncated"] += 1
 
 
-class _Stream:
-    """A file that ends where it is torn, and says so: fastwarc alone ends without a word."""
-
-    def __init__(self, file: IO[bytes]) -> None:
-        self.file = file
-        self.torn = False
-
-    def read(self, size: int = -1) -> bytes:
-        """Up to `size` bytes."""
-        try:
-            return self.file.read(size)
-        except (EOFError, OSError, zlib.error):
-            self.torn = True
-            return b""
-
-    def tell(self) -> int:
-        """Place in the file."""
-        return self.file.tell()
-
-    def seek(self, offset: int, whence: int = 0) -> int:
-        """Move to a place."""
-        return self.file.seek(offset, whence)
-
-    def close(self) -> None:
-        """Close the file."""
-        self.file.close()
+def _next_record(file: BinaryIO, position: int) -> int | None:
+    """Where the next record may begin at `position` or after it; None if nowhere."""
+    file.seek(position)
+    data = b""
+    while chunk := file.read(_MEGABYTE):
+        data += chunk
+        if match := _RECORD.search(data):
+            return position + match.start()
+        position += len(data) - 8
+        data = data[-8:]
+    return None
 
 
-def _page(record: WarcRecord, config: ExtractConfig, counts: Counter[str]) -> Page | None:
+def _is_cut(file: BinaryIO, position: int) -> bool:
+    """Whether a gzip file breaks off after `position`: fastwarc then ends without a word."""
+    file.seek(position)
+    try:
+        with gzip.GzipFile(fileobj=file) as members:
+            while members.read(_MEGABYTE):
+                pass
+    except EOFError:
+        return True
+    except (OSError, zlib.error):  # it is not gzip
+        return False
+    return False
+
+
+def _page(record: WarcRecord, data: bytes, config: ExtractConfig, counts: Counter[str]) -> Page | None:
     """The page of a record, or None, counted, where there is none to keep."""
     if record.record_type == WarcRecordType.response and not _is_html(record, counts):
         return None
     limit = config.max_html_mb * _MEGABYTE
-    data = _payload(record, limit + 1)
+    data = _decoded(record, data, limit + 1)
     if len(data) > limit:
         counts["too_large"] += 1
         return None
@@ -142,7 +164,7 @@ def _page(record: WarcRecord, config: ExtractConfig, counts: Counter[str]) -> Pa
         text, language = extracted.text, extracted.language
         counts["formulas"] += extracted.formulas
     else:
-        text = decode(data, "utf-8")[0].replace("\x00", "").strip()
+        text = printable(decode(data, "utf-8")[0]).strip()
         language = detect_language(text)
     reason = (
         ("no_text" if not text else "too_short")
@@ -154,13 +176,14 @@ def _page(record: WarcRecord, config: ExtractConfig, counts: Counter[str]) -> Pa
     if reason:
         counts[reason] += 1
         return None
-    url, date = record.headers.get("WARC-Target-URI", "") or "", record.headers.get("WARC-Date", "") or ""
+    url, date = record.headers.get("WARC-Target-URI"), record.headers.get("WARC-Date") or ""
+    if not url:
+        raise ValueError("a record without its address")
     return Page(page_id(url, date), url, text, language, date)
 
 
-def _payload(record: WarcRecord, limit: int) -> bytes:
-    """Up to `limit` bytes of a record, decoded where its HTTP headers are true; Common Crawl's are decoded already."""
-    data = record.reader.read(limit)
+def _decoded(record: WarcRecord, data: bytes, limit: int) -> bytes:
+    """The content, decoded where its HTTP headers are true, up to `limit` bytes; Common Crawl's is decoded already."""
     headers = record.http_headers if record.record_type == WarcRecordType.response else None
     if headers is None:
         return data

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import html
 import re
-from urllib.parse import unquote_plus
+from urllib.parse import unquote, unquote_plus
 
-from dsm_train.corpus.mathml import to_latex
+from dsm_train.corpus.mathml import in_mathematics, to_latex
 
 _ANNOTATION = re.compile(r"<(?:\w+:)?annotation\b[^>]*\bencoding\s*=\s*[\"']?[^\"'>]*tex[^>]*>(.*?)</", re.I | re.S)
 _SCRIPT = re.compile(r"<script\b[^>]*\bmath/(?:tex|latex)[^>]*>(.*?)</script", re.I | re.S)
@@ -29,7 +29,7 @@ def latex_in(element: str) -> str:
             return html.unescape(source[1])
     if source := _ATTRIBUTE.search(element):
         tex = html.unescape(source[1] or source[2] or source[3])
-        if _TEX.search(tex):
+        if _reads_as_tex(tex):
             return tex
     if source := _SCRIPT.search(element) or _COPY.search(element):
         return source[1] if source.re is _SCRIPT else html.unescape(source[1])
@@ -41,10 +41,6 @@ def latex_in(element: str) -> str:
     if source := _IMAGE.search(element):
         return attribute(source[1], "alt")
     return to_latex(source[0]) if (source := _RENDERED.search(element)) else ""
-
-
-_TEX = re.compile(r"[\\^_{}=+<>/|]|^\s*[^\W_]{1,2}\s*$|^\W*\d[\d.,\s]*$|^[^\w]*\w\([^()]*\)$")
-"""What tells TeX from a word: an operator, or hardly a letter."""
 
 
 def attribute(attributes: str, name: str) -> str:
@@ -73,9 +69,11 @@ def image_latex(attributes: str) -> tuple[str, bool]:
         return "", False
     tex = attribute(attributes, "alt").strip()
     if not _reads_as_tex(tex):
-        source = attribute(attributes, "src")
+        escaped = attributes.replace("&space;", "%20").replace("&plus;", "%2B")  # which codecogs alone writes
+        source = attribute(escaped, "src")
         match = _IN_URL.search(source)
-        tex = unquote_plus(match[1]) if match else attribute(attributes, "data-equation-content")
+        unquoted = unquote if " " in source else unquote_plus
+        tex = unquoted(match[1]) if match else attribute(attributes, "data-equation-content")
         if match and "codecogs" in source:
             tex = re.sub(r"^(?:\\(?:inline|dpi\s*\{?\d+\}?|bg_\w+|fn_\w+|large|small)\s*)+", "", tex)
         if not _reads_as_tex(tex):
@@ -143,61 +141,6 @@ def _balanced(tex: str) -> bool:
     return depth == 0
 
 
-def masked_formula(formula: str) -> str:
-    """A formula with control characters for those that mean something in the text around it."""
-    return formula.replace("\\", "\x05").replace("$", "\x06").replace("&", "\x07")
-
-
-# LaTeX in the text.
-
-_OPENING = re.compile(
-    r"\\(?<!\\\\)(?:([(\[])|begin\{((?:equation|align|gather|multline|eqnarray|displaymath|flalign|alignat|math)\*?)\})|\$\$"
-)
-_LONGEST = 20_000
-_TELLS = re.compile(r"[\\^_=<>+]|^\s*\w\s*$")
-
-
-def with_text_formulas(text: str) -> tuple[str, int]:
-    r"""Text with `\(..\)`, `\[..\]`, `$$..$$` and environments of displayed mathematics as `$..$` and `$$..$$`.
-
-    Returns how many there were as well. \x01 and \x02 are breaks; a formula in a line spans no paragraphs.
-    """
-    out: list[str] = []
-    copied = count = 0
-    unclosed: set[str] = set()
-    for match in _OPENING.finditer(text):
-        start, inner = match.span()
-        bracket, environment = match.groups()
-        closing = f"\\end{{{environment}}}" if environment else {"(": "\\)", "[": "\\]"}.get(bracket, "$$")
-        if start < copied or closing in unclosed:
-            continue
-        end = text.find(closing, inner)
-        if end < 0:
-            unclosed.add(closing)
-            continue
-        tex = text[inner:end]
-        if (
-            len(tex) > _LONGEST
-            or tex.count("\x02") > (0 if bracket == "(" else 6)
-            or "\\" + (bracket or "(") in tex[:0]
-        ):
-            continue
-        if bracket == "(" and "\\(" in tex or bracket is None and not environment and not _TELLS.search(tex):
-            continue
-        end += len(closing)
-        source = text[start:end] if environment else tex
-        formula = normalised(source.translate(_BREAKS), bracket != "(" and environment != "math")
-        if formula:
-            count += 1
-            masked = masked_formula(formula)
-            out += [text[copied:start], masked.join("\x01\x01") if formula.startswith("$$") else masked]
-            copied = end
-    return "".join([*out, text[copied:]]), count
-
-
-_BREAKS = str.maketrans("\x01\x02\x04", "   ")
-
-
 # Superscripts and subscripts of HTML.
 
 _FOOTNOTE_MARKUP = re.compile(r"\b(?:class|id|role)\s*=\s*[\"']?[^\"'>]*(?:ref|note|cite|fn|ordinal|sic)", re.I)
@@ -222,9 +165,10 @@ def is_script(tag: str, attributes: str, before: str, content: str, after: str, 
     if not text or any(sign in text for sign in ("$", "\\(", "′", "''")):
         return False
     base = before[-1:]
-    if not base.strip(" \t\n\r\xa0\x01\x02\x04") or base in '>-–—/,:;"“”’.?':
-        nuclide = tag == "sup" and text.isdigit() and base not in (">", "\x04")
-        return nuclide and _NUCLIDE.match(after) is not None
+    if base + text + after[:1] in ("TEX", "LAT"):  # the names TeX and LaTeX
+        return False
+    if not base.strip() or base in '>-–—/,:;"“”’.?':
+        return tag == "sup" and text.isdigit() and _NUCLIDE.match(after) is not None
     if tag == "sub":
         return True
     word = _WORD.search(before)
@@ -240,3 +184,36 @@ def is_script(tag: str, attributes: str, before: str, content: str, after: str, 
     if _YEAR.search(before) and len(text) < 3 or _ASIDE.search(before):
         return False
     return len(letters) < 3 or letters in _SHORT or not text.isdigit()
+
+
+OPEN, CLOSE = "\x03", "\x04"
+"""Stand for the braces of a script until `scripts_as_formulas` finds what belongs to it."""
+_RAISED = r"[\^_]\x03(?:[^\x03\x04]|\x03[^\x03\x04]{0,200}\x04){0,200}+\x04"
+_PIECE = (
+    r"[A-Za-z0-9\u0370-\u03ff+−±∓*/=<>≤≥≠≈×·⋅°′|!∈→∞∂∇∑∏∫√ℓℏ\[\]]|-(?![A-Za-z]{3})|[.,](?=\d)|(?<=\d) [×·⋅] (?=\d)"
+    rf"|\((?:{_RAISED}|[^()$\x03\x04]|\((?:{_RAISED}|[^()$\x03\x04]){{0,60}}+\)){{0,60}}+\)"
+)
+"""What stands at a script and belongs to its formula; parentheses may hold words."""
+_INSIDE = r"[^()$\s\x03\x04^_]{0,40}+"
+_GROUP = rf"\((?:{_INSIDE}{_RAISED}){{1,20}}+{_INSIDE}\)"
+_SCRIPTED = re.compile(
+    rf"(\$\$[^$]*\$\$|\$(?!\s)[^$]+(?<!\s)\$(?!\d))((?:{_RAISED})*)"
+    rf"|(?<![A-Za-z0-9_])(?:{_PIECE}){{0,60}}(?:(?:{_RAISED}|{_GROUP})(?:{_PIECE}){{0,60}}+)++"
+)
+"""A formula, which may have scripts outside of it, or whatever has scripts."""
+
+
+def scripts_as_formulas(line: str) -> str:
+    """A line of text with its superscripts and subscripts, and what they stand at, as formulas in `$..$`."""
+    line = _SCRIPTED.sub(_scripted, line)
+    return line.replace(f"{OPEN} ", "{").replace(f" {CLOSE}", "}").replace(OPEN, "{").replace(CLOSE, "}")
+
+
+def _scripted(match: re.Match[str]) -> str:
+    formula, scripts = match.groups()
+    if formula and not scripts:
+        return formula
+    tex = formula.strip("$") if formula else ""
+    tex += in_mathematics(scripts or match[0])
+    before, after = match.string[match.start() - 1 : match.start()], match.string[match.end() : match.end() + 1]
+    return f"{' ' * (before == '$')}${tex}${' ' * (after == '$')}"

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 
 from resiliparse.extract.html2text import extract_plain_text
 
-from dsm_train.corpus.detect import decode, detect_language
+from dsm_train.corpus.detect import decode, detect_language, printable
+from dsm_train.corpus.formula import CLOSE, scripts_as_formulas
 from dsm_train.corpus.markup import Markup
 
 MAX_DEPTH = 1000
@@ -49,6 +50,9 @@ def html_to_text(html: bytes, *, charset: str | None = None) -> Extracted:
     if _deeper_than(MAX_DEPTH, reduced):
         raise NestedTooDeep(f"elements nested deeper than {MAX_DEPTH}: not a page for readers")
     text = _without_links(extract_plain_text(reduced, alt_texts=False))
+    if CLOSE in text:
+        text = "\n".join(scripts_as_formulas(line) if CLOSE in line else line for line in text.split("\n"))
+    text = _cleaned(printable(text))
     declared = _LANGUAGE.search(source, 0, 4096)
     return Extracted(text, detect_language(text, declared[1] if declared else ""), encoding, markup.formulas)
 
@@ -68,7 +72,7 @@ def _lower_case(source: str) -> str:
 
 def _deeper_than(limit: int, markup: str) -> bool:
     depth = 0
-    if markup.count("<") > limit:
+    if markup.count("<") > limit and sum(map(markup.count, ("<div", "<article", "<ul", "<ol"))) > limit:
         for match in _NESTED.finditer(markup):
             depth = max(depth - 1, 0) if match[1] else depth + 1
             if depth > limit:
@@ -116,10 +120,15 @@ def _without_links(text: str) -> str:
             lines += _few(run)
             run = []
         lines.append(line)
-    text = "\n".join(lines + _few(run))
-    for unwanted, wanted in (("\x02", ""), ("\xa0", " "), ("\xad", ""), ("\u200b", ""), ("\x00", "")):
+    return "\n".join(lines + _few(run))
+
+
+def _cleaned(text: str) -> str:
+    for unwanted, wanted in (("\xa0", " "), ("\xad", ""), ("\u200b", "")):
         text = text.replace(unwanted, wanted)
-    return re.sub(r"\n{3,}", "\n\n", text).strip()
+    while "\n\n\n" in text:
+        text = text.replace("\n\n\n", "\n\n")
+    return text.strip()
 
 
 def _few(run: list[str]) -> list[str]:

@@ -12,7 +12,8 @@ from collections.abc import Iterator
 from functools import lru_cache
 
 from dsm_train.corpus.boilerplate import is_boilerplate
-from dsm_train.corpus.formula import image_latex, is_script, latex_in, normalised
+from dsm_train.corpus.formula import CLOSE, OPEN, image_latex, is_script, latex_in, normalised
+from dsm_train.corpus.mathml import in_mathematics
 
 INLINE = (
     "span|a|em|strong|b|i|u|s|font|var|small|big|cite|dfn|abbr|acronym|label|mark|ins|bdi|bdo|nobr|code|tt|q|su[bp]"
@@ -30,12 +31,15 @@ _NAMES = "|".join(
 )
 _MADE = (
     r"""(span|div)\s+((?:(?:id|style)="[^"<]*+"\s+)?+(?:class=["']?(?:katex|mwe-math-element|mw-editsection|MathJax"""
-    r"""|mjx-chtml|MJXc-display|ztext-math|ql-formula|math (?:inline|display))|data-(?:tex|latex|original-tex)=)[^>]*+)>"""
+    r"""|mjx-chtml|MJXc-display|ztext-math|ql-formula|wp-katex-eq|texhtml|tex-span"""
+    r"""|math(?: inline| display)?["'])|data-(?:tex|latex|original-tex)=)[^>]*+)>"""
 )
 """Elements that a library for mathematics made, or added to."""
+_WRITTEN = re.compile(r"""class=["']?(?:wp-katex-eq|texhtml|tex-span|math(?: inline| display)?["'])""")
+"""Those whose content is the formula, in TeX or in HTML's own means."""
 _DOUBTFUL = (
     r"(nav|aside|footer|dialog|(?:div|section|ul|ol|header|form|table|p|li|dl)(?=\s)"
-    r"""|span(?=\s+(?:class="[^"]*+"\s+)?(?:style="[^"]*(?:none|hidden)|hidden|aria-hidden)))(\s[^<>]*+)?>"""
+    r"""|a(?=\s+class="(?:skip|mw-jump|screen-reader))|span(?=\s+(?:class="[^"]*+"\s+)?(?:style="[^"]*(?:none|hidden)|hidden|aria-hidden)))(\s[^<>]*+)?>"""
 )
 """Elements that may not be part of the text."""
 _TELLING = re.compile(rf"<(?:({_NAMES})(?![\w:-]){_ATTRIBUTES}(?:>|\Z)|{_MADE}|{_DOUBTFUL})", re.S)
@@ -48,7 +52,7 @@ _ASIDE = re.compile(
 """Where formulas are none or, in the first six, only those that are marked up as such."""
 _CODE = frozenset("pre code kbd samp textarea tt".split())
 _DISPLAYED = re.compile(
-    r"katex-display|math display|-display\b|-block\b|MJXc-display|\sblock\b"
+    r"(?:katex|math|formula|equation)[\w-]*[ -](?:display|block)\b|MathJax_Display|MJXc-display|\sblock\b|eeimg=.2"
     r"""|(?:display|mode)\s*=\s*["']?(?:block|true|display)"""
 )
 _DELIMITED = {
@@ -58,9 +62,12 @@ _DELIMITED = {
 }
 _BLOCK = re.compile(r"</?(?:div|td|tr|table|li|ul|ol|h[1-6]|pre|script|math|img|section|article)\b")
 """A formula in the text does not span these."""
+_MAIN = re.compile(r"""<(?:main\b|(?:div|article|section)\s[^<>]*\brole=["']?main\b)""")
+_TITLE = re.compile(r"<(?:article|body|h1)\b")
 _LONGEST = 20_000
 _PATIENCE = 50
-"""Elements too large to be boilerplate, after which the page is taken as broken and none is looked for."""
+"""Elements too large to be boilerplate, or large without a formula, after which the page is taken as broken."""
+_SCRIPT = re.compile(r"<su([bp])\b[^>]*>")
 _BREAK = re.compile(r"<(?:br|/?p)\b[^>]*>")
 _MARKUP = re.compile(r"</?[A-Za-z][^<>]*>|<!--.*?-->", re.S)
 _INLINE_TAG = re.compile(rf"</?(?:{INLINE})\b[^<>]*>")
@@ -68,6 +75,13 @@ _INLINE_TAG = re.compile(rf"</?(?:{INLINE})\b[^<>]*>")
 
 def _plain_text(markup: str) -> str:
     return html.unescape(_MARKUP.sub("", _BREAK.sub(" ", markup)) if "<" in markup else markup)
+
+
+def _written_out(markup: str) -> str:
+    """LaTeX of a formula that is TeX, or is written with italics, superscripts and subscripts."""
+    text = _plain_text(re.sub(r"</su[bp]\s*>", CLOSE, _SCRIPT.sub(lambda m: "_^"[m[1] == "p"] + OPEN, markup)))
+    tex = text if re.search(r"[\\{^_](?!\x03)", text) else in_mathematics(text.replace("\xa0", " "))
+    return tex.replace(OPEN, "{").replace(CLOSE, "}")
 
 
 @lru_cache(256)
@@ -89,11 +103,12 @@ class Markup:
         self._source = source
         self._out: list[str] = []
         self._copied = 0  # how far the source has gone into `_out`
-        self._scripts: list[bool] = []
+        self._scripts: list[str] = []  # what closes the open ones; "" for one that is no mathematics
         self._unclosed: set[str] = set()
         self._refused = 0
+        self._empty = 0
         self._asides = self._find_asides()
-        self._aside = (0, 0, "")
+        self._aside: tuple[int, int, str] = (0, 0, "")
         openings = (match for opening in _OPENING for match in opening.finditer(source))
         self._openings = sorted(openings, key=re.Match.start, reverse=True)
 
@@ -133,13 +148,13 @@ class Markup:
         return end
 
     def _boilerplate(self, name: str, start: int, end: int) -> int:
-        """Leave an element out, unless it is most of the page, or holds what is."""
+        """Leave an element out, unless it holds the main part of the page, or is most of one that has none."""
         if self._refused > _PATIENCE:
             return end
         outer = self._balanced(name, end)[1]
-        size = outer - end
-        if outer and 2 * size < len(self._source) and not _MAIN.search(self._source, end, outer):
-            return self._replace(start, outer, " ")
+        if outer and not (_MAIN.search(self._source, end, outer) or _TITLE.search(self._source, end, outer)):
+            if 2 * (outer - end) < len(self._source) or _MAIN.search(self._source):
+                return self._replace(start, outer, " ")
         self._refused += 1
         return end
 
@@ -182,23 +197,15 @@ class Markup:
         return self._formula(start, match.end(), tex, opening != "\\(")
 
     def _element(self, name: str, attributes: str, start: int, end: int, code: bool) -> int:
-        """An opening tag of a name that means mathematics, or that of a superscript that ends."""
+        """An opening tag of a name that means mathematics, or the closing one of a script."""
         if name == "img":
             tex, display = image_latex(attributes)
             return self._formula(start, end, tex, display) if tex else end
         if name in ("/sup", "/sub"):
-            return self._replace(start, end, "}") if self._scripts and self._scripts.pop() else end
+            closing = self._scripts.pop() if self._scripts else ""
+            return self._replace(start, end, closing) if closing else end
         if name in ("sup", "sub"):
-            content, _, after = self._source[end : end + 120].partition(f"</{name}>")
-            linked = "<a " in content
-            content, after = _plain_text(content), after[:4]
-            script = (
-                not code
-                and bool(after)
-                and is_script(name, attributes, self._text_before(start), content, after, linked)
-            )
-            self._scripts.append(script)
-            return self._replace(start, end, "^{" if name == "sup" else "_{") if script else end
+            return self._script(name, attributes, start, end, code)
         inner, outer = self._closing_tag(name, end)
         if not outer:
             return end
@@ -209,9 +216,19 @@ class Markup:
             return self._formula(start, outer, self._source[end:inner], "display" in attributes)
         return self._formula(start, outer, latex_in(self._source[start:outer]), display)
 
+    def _script(self, name: str, attributes: str, start: int, end: int, code: bool) -> int:
+        """The opening tag of a superscript or subscript: in code it keeps its braces, and is no formula."""
+        content, closed, after = self._source[end : end + 400].partition(f"</{name}>")
+        text, after = _plain_text(content), _plain_text(after[:60])[:4]
+        if not closed or not is_script(name, attributes, self._text_before(start), text, after, "<a " in content):
+            self._scripts.append("")
+            return end
+        self._scripts.append("}" if code else CLOSE)
+        return self._replace(start, end, ("^" if name == "sup" else "_") + ("{" if code else OPEN))
+
     def _made(self, name: str, attributes: str, start: int, end: int) -> int:
         """An element that shows a formula in a library's own way, or what a library adds to one."""
-        inner, outer = self._balanced(name, end)
+        inner, outer = self._balanced(name, end) if self._empty < _PATIENCE else (0, 0)
         if not outer:
             return end
         if re.search(r"mw-editsection|MathJax_Preview|katex-html", attributes):
@@ -220,9 +237,12 @@ class Markup:
             return self._replace(start, outer, "")  # the script beside it has the source
         element = self._source[start:outer]
         tex = latex_in(element)
-        if not tex and "math " in attributes and "<" not in (content := self._source[end:inner]):
-            tex = html.unescape(content)
-        return self._formula(start, outer, tex, _DISPLAYED.search(element, 0, 600) is not None) if tex else end
+        if not tex and _WRITTEN.search(attributes) and not _BLOCK.search(content := self._source[end:inner]):
+            tex = _written_out(content)
+        if not tex:
+            self._empty += outer - start > 2000
+            return end
+        return self._formula(start, outer, tex, _DISPLAYED.search(element, 0, 600) is not None)
 
     def _text_before(self, start: int) -> str:
         """The end of the text before `start`, other elements than inline ones as white space."""
@@ -236,12 +256,12 @@ class Markup:
     def _within(self, position: int) -> str:
         """The element aside of the text that holds a position, further on than that of the last call; or ""."""
         while self._aside[1] <= position:
-            self._aside = next(self._asides, (len(self._source) + 1,) * 2 + ("",))
+            self._aside = next(self._asides, (len(self._source) + 1, len(self._source) + 1, ""))
         return self._aside[2] if self._aside[0] < position else ""
 
     def _find_asides(self) -> Iterator[tuple[int, int, str]]:
         position = 0
-        while match := _ASIDE.search(self._source, position):
+        while match := _ASIDE.search(self._source, max(position, self._copied)):
             name = match[1] or "!--"
             position = self._closing_tag(name, match.end())[1]
             if position:
@@ -267,6 +287,3 @@ class Markup:
                     return match.span()
             self._unclosed.add(name)
         return 0, 0
-
-
-_MAIN = re.compile(r"<(?:main|article|body|h1)\b")

@@ -169,12 +169,22 @@ def _char(char: str) -> str:
     return char
 
 
+_FUNCTION = re.compile(rf"(?<![A-Za-z\\])(?:{'|'.join(sorted(FUNCTIONS))})(?![A-Za-z])")
+_ROOT = re.compile(r"\\surd\s*(\d+|[A-Za-z]|\\[A-Za-z]+|\([^()]*\))")
+
+
+def in_mathematics(text: str) -> str:
+    r"""Plain text with scripts as LaTeX writes it in a formula: `log_2 2π` as `\log_2 2\pi`."""
+    tex = "".join(char if char in "^_" else _char(char) for char in text)
+    return _tidy(_ROOT.sub(r"\\sqrt{\1}", _FUNCTION.sub(r"\\\g<0> ", tex)))
+
+
 def _text(text: str) -> str:
     return "".join(TEXT_ESCAPES.get(char, char) for char in text)
 
 
 def _token(tag: str, text: str, attributes: str) -> Part:
-    text = " ".join(text.split(" \t\n")) if tag == "ms" else re.sub(r"[ \t\r\n]+", " ", text)
+    text = re.sub(r"[ \t\r\n]+", " ", text)
     raw = text.strip()
     if tag in ("mtext", "ms"):
         if not raw:
@@ -372,10 +382,10 @@ _REDUCE: dict[str, Callable[[list[Part], str], Part]] = {
     "mfrac": _fraction,
     "msqrt": lambda parts, _: Part("msqrt", f"\\sqrt{{{_join(parts).strip()}}}"),
     "mroot": _root,
-    "msub": lambda parts, _: Part("msub", _scripts(*_pick(parts, 2), _NONE)),
+    "msub": lambda parts, _: Part("msub", _scripts(*_pick(parts[:2], 3))),
     "msup": lambda parts, _: Part("msup", _scripts(_pick(parts, 1)[0], _NONE, _pick(parts, 2)[1])),
     "msubsup": lambda parts, _: Part("msubsup", _scripts(*_pick(parts, 3))),
-    "munder": lambda parts, _: _stacked(*_named(parts, "base under"), _NONE),
+    "munder": lambda parts, _: _stacked(*_named(parts[:2], "base under over")),
     "mover": lambda parts, _: _stacked((p := _named(parts, "base over"))[0], _NONE, p[1]),
     "munderover": lambda parts, _: _stacked(*_named(parts, "base under over")),
     "mmultiscripts": _multiscripts,

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-SYMBOLS = dict(
-    pair.rsplit(" ", 1)
+SYMBOLS = {
+    pair[0]: pair[2:]
     for pair in (
         "α alpha,β beta,γ gamma,δ delta,ε varepsilon,ϵ epsilon,ζ zeta,η eta,θ theta,ϑ vartheta,ι iota,κ kappa,ϰ varkappa,"
         "λ lambda,μ mu,µ mu,ν nu,ξ xi,ο o,π pi,ϖ varpi,ρ rho,ϱ varrho,σ sigma,ς varsigma,τ tau,υ upsilon,φ varphi,ϕ phi,"
@@ -23,7 +23,7 @@ SYMBOLS = dict(
         "■ blacksquare,◊ lozenge,⋄ diamond,⊤ top,√ surd,… dots,⋯ cdots,⋮ vdots,⋱ ddots,⟨ langle,⟩ rangle,〈 langle,"
         "〉 rangle,⌊ lfloor,⌋ rfloor,⌈ lceil,⌉ rceil,‖ |,{ {,} },% %,# #,& &,$ $,_ _,\\ backslash,~ sim"
     ).split(",")
-)  # fmt: skip
+}  # fmt: skip
 PLAIN = {
     "−": "-", "–": "-", "‐": "-", "‑": "-", "′": "'", "″": "''", "‴": "'''", "’": "'", "∶": ":", "∕": "/", "⁄": "/",
     "＝": "=", "＋": "+", "，": ",", "\u00a0": r"\ ", "\u2003": r"\quad ", "\u2009": r"\,", "^": r"\hat{}",
