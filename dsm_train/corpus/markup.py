@@ -114,25 +114,25 @@ class Markup:
 
     def rewritten(self) -> str:
         """The markup with its formulas as LaTeX, and without boilerplate that its tags give away."""
-        position = 0
-        while match := _TELLING.search(self._source, position):
+        position = searched = 0  # where the text goes on, and the search for tags
+        while match := _TELLING.search(self._source, searched):
             start, end = match.span()
             name, attributes, made, library, doubtful, others = match.groups()
             if doubtful and not is_boilerplate(doubtful, others):
-                position = end
+                searched = end
                 continue
             position = self._text_until(start, position)
-            if start < position:
-                continue
-            within = self._within(start)
-            if within and within not in _CODE:
-                position = end
-            elif doubtful:
-                position = self._boilerplate(doubtful, start, end)
-            elif made:
-                position = self._made(made, library, start, end)
-            else:
-                position = self._element(name, attributes, start, end, code=bool(within))
+            if position <= start:
+                within = self._within(start)
+                if within and within not in _CODE:
+                    position = end
+                elif doubtful:
+                    position = self._boilerplate(doubtful, start, end)
+                elif made:
+                    position = self._made(made, library, start, end)
+                else:
+                    position = self._element(name, attributes, start, end, code=bool(within))
+            searched = position
         self._text_until(len(self._source), position)
         self._out.append(self._source[self._copied :])
         return "".join(self._out)
@@ -175,9 +175,15 @@ class Markup:
         """Handle LaTeX's own delimiters in [position, stop)."""
         while self._openings and self._openings[-1].start() < stop:
             match = self._openings.pop()
-            if match.start() >= position and not self._within(match.start()):
+            if match.start() >= position and not self._within(match.start()) and not self._in_tag(match.start()):
                 position = self._delimited(match[0], *match.span())
         return position
+
+    def _in_tag(self, position: int) -> bool:
+        """Whether a position is in a tag, as in the value of an attribute."""
+        start = max(self._copied, position - _LONGEST)
+        opened = self._source.rfind("<", start, position)
+        return opened > self._source.rfind(">", start, position) and self._source[opened + 1] not in " \n=0123456789"
 
     def _delimited(self, opening: str, start: int, end: int) -> int:
         """A formula between LaTeX's own delimiters, where they delimit one."""

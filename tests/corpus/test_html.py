@@ -166,6 +166,13 @@ def test_broken_markup_never_raises() -> None:
         html_to_text(bytes(page))
 
 
+def test_formulas_in_the_text_are_found_whatever_stands_between_them() -> None:
+    boxes = '<p class="a">Let \\(x\\) be</p><div class="b">and \\[y\\]</div><table id="c"><td>$$z^2$$</td></table>'
+    assert text_of(boxes).split() == ["Let", "$x$", "be", "and", "$$y$$", "$$z^2$$"]
+    assert text_of("<p>if a < b then \\(c\\), and a <5 as \\(d\\)") == "if a < b then $c$, and a <5 as $d$"
+    assert text_of('<p>see <a href="#" title="\\(no\\) $$no=1$$">here</a> for \\(c\\)') == "see here for $c$"
+
+
 GROWING = {
     "unclosed divisions": lambda n: '<div class="menu">' * (n // 40) + "<p>x",
     "unclosed tag": lambda n: "<p " * n + "$$ x^2 $$",
