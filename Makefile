@@ -15,7 +15,7 @@ quickstart: $(VENV)/.train
 	$(PY) -m dsm_train grpo --config recipes/quickstart.yaml
 
 corpus-demo: $(VENV)/.corpus
-	$(PY) -m dsm_train corpus demo --config recipes/corpus-demo.yaml
+	$(PY) -m dsm_train corpus demo
 
 # Both at once: each is one process most of the time.
 test: $(VENV)/.dev

@@ -251,19 +251,24 @@ def with_growth(rows: Sequence[StepRow]) -> list[StepRow]:
 
 def tables(extraction: Sequence[ExtractRow], steps: Sequence[StepRow]) -> str:
     """For the terminal."""
-    lines = ["extraction, pages/s on one core", "pages of             contender                 kB  pages/s  x ours"]
-    for row in extraction:
-        lines.append(
-            f"{row.pages_of:<20} {row.contender:<24} {row.page_bytes / 1e3:5.1f}  {row.pages_per_second:7.0f}  "
-            f"{row.ratio_to_ours:6.2f}"
-        )
-    lines += ["", "steps                 pages   kB each  core seconds  pages/s per core  growth  MiB per worker"]
-    for row in sorted(steps, key=lambda row: (list(dict.fromkeys(r.step for r in steps)).index(row.step), row.pages)):
-        growth = "     -" if row.growth is None else f"{row.growth:6.2f}"
-        lines.append(
-            f"{row.step:<18} {row.pages:8,}  {row.text_bytes / 1e3:8.1f}  {row.cpu_seconds:12.1f}  "
-            f"{row.pages_per_core_second:16.0f}  {growth}  {row.worker_bytes / 2**20:14.0f}"
-        )
+    lines = []
+    if extraction:
+        width = max(len(row.pages_of) for row in extraction)
+        lines += [f"{'extraction, pages of':<{width}}  contender                   kB  pages/s  x ours"]
+        for row in extraction:
+            lines.append(
+                f"{row.pages_of:<{width}}  {row.contender:<24} {row.page_bytes / 1e3:5.1f}  "
+                f"{row.pages_per_second:7.0f}  {row.ratio_to_ours:6.2f}"
+            )
+    if steps:
+        lines += ["", "steps                 pages   kB each  core seconds  pages/s per core  growth  MiB per worker"]
+        order = list(dict.fromkeys(row.step for row in steps))
+        for row in sorted(steps, key=lambda row: (order.index(row.step), row.pages)):
+            growth = "     -" if row.growth is None else f"{row.growth:6.2f}"
+            lines.append(
+                f"{row.step:<18} {row.pages:8,}  {row.text_bytes / 1e3:8.1f}  {row.cpu_seconds:12.1f}  "
+                f"{row.pages_per_core_second:16.0f}  {growth}  {row.worker_bytes / 2**20:14.0f}"
+            )
     return "\n".join(lines)
 
 
@@ -376,7 +381,7 @@ def _compared(options: argparse.Namespace, scratch: Path) -> Iterator[tuple[str,
         files = sorted((scratch / f"padded-{padding}" / "warc").glob("*"))
         yield f"synthetic, +{padding // 1000} kB", html_pages(files, 200)
     if options.warc:
-        yield "your files", html_pages(options.warc, 1000)
+        yield ", ".join(path.name for path in options.warc), html_pages(options.warc, 1000)
 
 
 def _expected(steps: Sequence[StepRow], pages: int) -> str:

@@ -140,7 +140,8 @@ def write_annotations(
     lines += [f"done: {str(annotations.done).lower()}", "math:"]
     lines += [f"- {_scalar(prefix)}" for prefix in annotations.math]
     for domain in suggestions:
-        lines += ["#", *(_suggestion(count) for count in domain if count.prefix not in annotations.decisions)]
+        suggested = [_suggestion(count) for count in domain if count.prefix not in annotations.decisions]
+        lines += ["#", *suggested] if suggested else []
     lines += ["not_math:", *(f"- {_scalar(prefix)}" for prefix in annotations.not_math)]
     with replacing(path) as temporary:
         temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
@@ -208,4 +209,6 @@ def _rule(where: str, record: Any) -> Rule:
                 values[name] = kind(record[name])
             except (TypeError, ValueError) as error:
                 raise ValueError(f"{where}: {name} must be a number, got {record[name]!r}") from error
+            if kind is float and not 0 <= values[name] <= 1:
+                raise ValueError(f"{where}: {name} is a share and must be in 0..1, got {record[name]!r}")
     return Rule(**values)

@@ -35,6 +35,8 @@ _LAYOUT = re.compile(
 _FIELDS = ("question", "answer", "problem", "solution")
 _MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)
 _SCRAMBLE = np.uint64(0xD6E8FEB86659FD93)
+_BLOCK = 1 << 20
+"""Characters hashed at once."""
 _LEAST_NEAR = 4
 """Shortest run that is reported as a near miss."""
 
@@ -72,12 +74,13 @@ class Words:
         start_W = np.flatnonzero(starts_N)
         return Words(code_N * inside_N, start_W, np.concatenate([[0], np.searchsorted(start_W, end_P) + 1]))
 
-    def list(self, text: int) -> list[str]:
-        """The words of one text."""
-        first, behind = self.first_P[text : text + 2]
-        starts = self.start_W[first:behind].tolist()
-        characters = self.code_N.tobytes().decode("utf-32-le")
-        return [characters[start:end].rstrip("\0") for start, end in itertools.pairwise(starts)]
+    def list(self, text: int, first: int = 0, behind: int | None = None) -> list[str]:
+        """The words of one text, or those from `first` until before `behind`."""
+        own = self.start_W[self.first_P[text] : self.first_P[text + 1]]
+        starts = own[first : len(own) if behind is None else behind + 1]
+        characters = self.code_N[starts[0] : starts[-1]].tobytes().decode("utf-32-le")
+        places = (starts - starts[0]).tolist()
+        return [characters[start:end].rstrip("\0") for start, end in itertools.pairwise(places)]
 
     def lengths(self) -> np.ndarray:
         """Words of each text [P]."""
@@ -85,10 +88,17 @@ class Words:
 
     def hashes(self) -> np.ndarray:
         """A hash of each word [W], uint64: a polynomial modulo 2^64, the same on every machine."""
-        power_N, inverse_N = _powers(1 << len(self.code_N).bit_length())
-        # sum of c_i M^-i over the word, times M^start, is that of the word alone, wherever it stands.
-        sum_W = np.add.reduceat(self.code_N * inverse_N[: len(self.code_N)], self.start_W)
-        return sum_W * power_N[self.start_W] * _SCRAMBLE
+        ends, hash_W = np.append(self.start_W, len(self.code_N)), np.empty(len(self.start_W), np.uint64)
+        first = 0
+        while first < len(hash_W):  # in blocks, which bounds memory: 16 bytes per character
+            behind = max(first + 1, int(np.searchsorted(self.start_W, self.start_W[first] + _BLOCK)))
+            code_N, start_W = self.code_N[ends[first] : ends[behind]], self.start_W[first:behind] - ends[first]
+            power_N, inverse_N = _powers(1 << len(code_N).bit_length())
+            # sum of c_i M^-i over the word, times M^start, is that of the word alone, wherever it stands.
+            sum_W = np.add.reduceat(code_N * inverse_N[: len(code_N)], start_W)
+            hash_W[first:behind] = sum_W * power_N[start_W] * _SCRAMBLE
+            first = behind
+        return hash_W
 
 
 def _plain(text: str) -> str:

@@ -13,8 +13,10 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import functools
 import math
+import os
 import random
 import re
 import sys
@@ -31,6 +33,8 @@ from dsm_train.corpus.page import replacing
 from dsm_train.data.tokenizer import Tokenizer, load_tokenizer
 
 _MATH, _OTHER = "__label__math", "__label__other"
+_OUTPUT = np.array([0.5, -0.5], np.float32)
+"""What a folded model multiplies the mean of its weights by, per label; or the opposite."""
 _WORD = re.compile(r"[\u3400-\u9fff\uf900-\ufaff]|[^\W_\u3400-\u9fff\uf900-\ufaff]+|[^\w\s]|_")
 """A word; a Chinese character; a mark. No underscore in a word: none can then be read as one of fastText's labels."""
 _PIECE_END = re.compile(r"(?<=\S)(?= \S)|(?<=\n)(?=\S)")
@@ -126,15 +130,10 @@ class Scorer:
         """Load a model that `train` wrote with the same features; raises ValueError for a file that is none."""
         import fasttext
 
+        if not _is_whole(model):
+            raise ValueError(f"{model} is no model of this program, or cut short: delete it and run the step again")
         self.features = features
-        try:
-            self._model = fasttext.load_model(str(model))
-        except (ValueError, RuntimeError) as error:
-            raise ValueError(f"{model} is no fastText model ({error}): delete it and run the step again") from error
-        if self._model.get_dimension() != 1:
-            raise ValueError(
-                f"{model} has {self._model.get_dimension()} dimensions: it was not trained by this program"
-            )
+        self._model = fasttext.load_model(str(model))
 
     @staticmethod
     def load(model: Path, config: ClassifierConfig, tokenizer: TokenizerConfig) -> Scorer:
@@ -172,6 +171,8 @@ def train(
         model = _fit(file, config, seed)
         temporary = stack.enter_context(replacing(path))
         model.save_model(str(temporary))
+        if not _is_whole(temporary):  # fastText does not say so
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
         scorer = Scorer(temporary, features)
         scores = [np.array([scorer.score_line(line) for line in kind.held_out]) for kind in (good, bad)]
         auc = _check(scores[0], scores[1], good.count + bad.count, config)
@@ -258,8 +259,18 @@ def _fit(file: Path, config: ClassifierConfig, seed: int) -> Any:
     sign = 1 if model.get_labels()[0] == _MATH else -1
     output_LD = np.asarray(model.f.getOutputMatrix())  # L labels, D dim; a view, where get_output_matrix copies
     weight_F = np.asarray(model.f.getInputMatrix()) @ (sign * (output_LD[0] - output_LD[1]))  # F features
-    model.set_matrices(weight_F[:, None], np.array([[0.5], [-0.5]]) * sign)
+    model.set_matrices(weight_F[:, None], sign * _OUTPUT[:, None])
     return model
+
+
+def _is_whole(model: Path) -> bool:
+    """Whether a file ends as a folded model does, in its output matrix.
+
+    Asked before fastText loads it, which takes what is cut short for a model, or takes all memory to read it.
+    """
+    with open(model, "rb") as file:
+        file.seek(max(0, os.fstat(file.fileno()).st_size - _OUTPUT.nbytes))
+        return file.read() in (_OUTPUT.tobytes(), (-_OUTPUT).tobytes())
 
 
 @contextlib.contextmanager

@@ -12,7 +12,7 @@ import functools
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -22,10 +22,10 @@ import numpy as np
 from dsm_train.corpus.benchmarks import Benchmarks, Match, Words
 from dsm_train.corpus.config import CorpusConfig, DecontaminateConfig, EngineConfig
 from dsm_train.corpus.engine import Report, Task, finished_shards, run_step, shard_tasks, write_json
-from dsm_train.corpus.page import Page, read_pages, replacing, write_pages
+from dsm_train.corpus.page import Page, page_batches, read_pages, replacing, write_pages
 
-_BATCH_CHARS = 1 << 18
-"""Characters compared at once."""
+_PAGES, _CHARS = 1 << 12, 1 << 18
+"""Pages compared at once, at most, and characters of theirs."""
 _SHOWN = 1000
 """Characters of a removed segment that the report shows."""
 _WORST = 20
@@ -68,11 +68,15 @@ def clean(pages: Sequence[Page], benchmarks: Benchmarks, config: DecontaminateCo
     words = Words.of(*(page.text for page in pages))
     found = benchmarks.check(words)
     return [
-        _clean(page, words.list(p), found[p], config) if found[p] else Cleaned(page, ()) for p, page in enumerate(pages)
+        _clean(page, found[p], [" ".join(words.list(p, match.start, match.end)) for match in found[p]], config)
+        if found[p]
+        else Cleaned(page, ())
+        for p, page in enumerate(pages)
     ]
 
 
-def _clean(page: Page, words: Sequence[str], matches: Sequence[Match], config: DecontaminateConfig) -> Cleaned:
+def _clean(page: Page, matches: Sequence[Match], words: Sequence[str], config: DecontaminateConfig) -> Cleaned:
+    """`words`: those of each match."""
     lines = page.text.split("\n")
     line_of_word = np.repeat(np.arange(len(lines)), Words.of(*lines).lengths())
     touched = [range(line_of_word[match.start], line_of_word[match.end - 1] + 1) for match in matches]
@@ -88,10 +92,10 @@ def _clean(page: Page, words: Sequence[str], matches: Sequence[Match], config: D
             match.item.benchmark,
             match.item.line,
             match.item.field,
-            " ".join(words[match.start : match.end]),
+            shared,
             "\n".join(lines[span.start : span.stop])[:_SHOWN],
         )
-        for match, span in zip(matches, touched, strict=True)
+        for match, shared, span in zip(matches, words, touched, strict=True)
     )
     if not removed:
         return Cleaned(page, removals)
@@ -117,7 +121,7 @@ class Decontaminate:
         ):
 
             def kept() -> Iterator[Page]:
-                for batch in _batches(read_pages(task.inputs[0])):
+                for batch in page_batches(read_pages(task.inputs[0]), _PAGES, _CHARS):
                     for before, cleaned in zip(batch, clean(batch, benchmarks, config), strict=True):
                         counts["pages"] += 1
                         counts["pages_removed"] += cleaned.page is None
@@ -165,19 +169,6 @@ def run(config: CorpusConfig) -> Report:
 def _load(files: tuple[str, ...], ngram: int, min_ngram: int) -> Benchmarks:
     """The index, kept from one shard to the next of a worker."""
     return Benchmarks.from_files([Path(file) for file in files], ngram, min_ngram)
-
-
-def _batches(pages: Iterable[Page]) -> Iterator[list[Page]]:
-    batch: list[Page] = []
-    chars = 0
-    for page in pages:
-        batch.append(page)
-        chars += len(page.text)
-        if chars >= _BATCH_CHARS:
-            yield batch
-            batch, chars = [], 0
-    if batch:
-        yield batch
 
 
 def _report_path(folder: Path, index: int) -> Path:

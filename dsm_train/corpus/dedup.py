@@ -29,7 +29,7 @@ import numpy as np
 from dsm_train.corpus.config import CorpusConfig, DedupConfig, EngineConfig
 from dsm_train.corpus.engine import Report, Task, Work, claim, finished_shards, read_report, run_step, shard_tasks
 from dsm_train.corpus.fingerprints import Near, hash64, normalise_url
-from dsm_train.corpus.page import Page, read_pages, replacing, write_pages
+from dsm_train.corpus.page import Page, id_number, read_pages, replacing, write_pages
 
 Kind = Literal["url", "exact", "near"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
@@ -141,7 +141,7 @@ class _Rows:
             writer = _RowWriter(file, self.sizes.chunk)
             for place, page in _staying(task, self.before):
                 number = task.index << 32 | place
-                date, identity = _date(page), _identity(page)
+                date, identity = _date(page), id_number(page)
                 for value in self._hashes(page):
                     writer.values.extend((value, date, identity, number, number))
                 writer.flush()
@@ -172,7 +172,7 @@ class _Groups:
                 found = hashes[at] == rows[:, HASH]
                 rows = rows[found]
                 rows[:, DATE:PAGE] = shared[at[found], DATE:PAGE]
-                rows[np.argsort(rows[:, PAGE], kind="stable")].tofile(file)
+                _write(file, rows[np.argsort(rows[:, PAGE], kind="stable")])
         return {"groups": len(shared)}
 
     def _shared(self, folder: Path, low: int, high: int) -> np.ndarray:
@@ -225,7 +225,7 @@ class _Settle:
                 writer.values.frombytes(rows.tobytes())
                 writer.flush()
                 goes = keep[keep[:, KEEP] != keep[:, PAGE], PAGE].astype(np.uint32)  # the place, without the shard
-                goes.tofile(going_file)
+                _write(going_file, goes)
                 going += len(goes)
             writer.flush(last=True)
         return {"rows": writer.written, "changed": changed, "going": going}
@@ -257,8 +257,12 @@ class _RowWriter:
         while len(self.values) >= self._values_of_chunk or (last and self.values):
             rows = np.frombuffer(self.values[: self._values_of_chunk], np.uint64).reshape(-1, 5)
             del self.values[: self._values_of_chunk]
-            rows[np.argsort(rows[:, HASH], kind="stable")].tofile(self._file)
+            _write(self._file, rows[np.argsort(rows[:, HASH], kind="stable")])
             self.written += len(rows)
+
+
+def _write(file: IO[bytes], values: np.ndarray) -> None:
+    file.write(values.data)  # numpy's own tofile does not say that it was the disk that is full
 
 
 def _staying(task: Task, gone: Iterable[Path]) -> Iterator[tuple[int, Page]]:
@@ -317,11 +321,3 @@ def _date(page: Page) -> int:
     """The date as a number in order of time; a page without one counts as the latest."""
     digits = "".join(filter(str.isdecimal, page.date))[:14]
     return int(digits.ljust(14, "0")) if digits else 2**64 - 1
-
-
-def _identity(page: Page) -> int:
-    """The id as a number."""
-    try:
-        return int(page.id, 16) % 2**64
-    except ValueError:
-        return hash64(page.id)

@@ -29,8 +29,11 @@ rules:
 - {prefix: "*", min_share: 0.2}
 - {prefix: "*", max_share: 0.05, math: false}
 """
-_VOCABULARY = 4096
+_VOCABULARY = 2048
 """Tokens of the tokenizer that is trained on every fourth page: a small web has few words."""
+
+_MOST_TOKENS_PER_PAGE = 200
+"""Half of what a page holds."""
 
 ResultT = TypeVar("ResultT")
 
@@ -56,13 +59,15 @@ def run(config: CorpusConfig) -> None:
 
 
 def run_demo(config: CorpusConfig) -> Outcome:
-    """All steps, then the truth.
+    """All steps, then the truth. What an earlier run finished is taken as it is.
 
-    Raises ValueError where run.out holds the web of another seed or size, and what the steps raise.
+    Raises ValueError for a budget that would hold most of the web, where run.out holds the web of another seed or size,
+    and what the steps raise.
     """
     from dsm_train.corpus import decontaminate, dedup, extract, rounds, tokenise
 
     out, clock = config.run.out, _Clock()
+    _check_budget(config.rounds.budget_tokens[-1], config.demo.pages)
     truth = clock("make the web", lambda: _web(out / "web", config.run.seed, config.demo.pages))
     config = _complete(config)
     clock("extract", lambda: extract.run(config))
@@ -108,6 +113,14 @@ def judge(out: Path, truth: Truth, tokens: list[int], seconds: dict[str, float])
     )
     plot(outcome, rankings, out / "demo.png")
     return outcome
+
+
+def _check_budget(budget: int, pages: int) -> None:
+    if budget > _MOST_TOKENS_PER_PAGE * pages:
+        raise ValueError(
+            f"rounds.budget_tokens of {budget:,} is most of the web of demo.pages={pages}, of which a quarter is "
+            f"mathematics: about {120 * pages:,} is right (demo.yaml beside this program suits 4000 pages)"
+        )
 
 
 def _web(folder: Path, seed: int, pages: int) -> Truth:

@@ -142,13 +142,19 @@ def collected(scores: Sequence[Path], where: Cut) -> list[str]:
 
 def contaminated(pages: Iterable[Page], benchmark: Path) -> int:
     """Pages that hold a whole question or answer, found by plain search: letters and digits only, in lower case."""
+    texts = benchmark_texts(benchmark)
+    return sum(any(text in whole for text in texts) for whole in (squashed(page.text) for page in pages))
+
+
+def benchmark_texts(benchmark: Path) -> list[str]:
+    """The questions and answers of a benchmark, squashed; without bare numbers, which are on many pages."""
     records = [json.loads(line) for line in benchmark.read_text(encoding="utf-8").splitlines()]
-    texts = [_squashed(text) for record in records for text in record.values()]
-    texts = [text for text in texts if len(text) > 12]  # a bare number is on many pages
-    return sum(any(text in squashed for text in texts) for squashed in (_squashed(page.text) for page in pages))
+    texts = [squashed(text) for record in records for text in record.values()]
+    return [text for text in texts if len(text) > 12]
 
 
-def _squashed(text: str) -> str:
+def squashed(text: str) -> str:
+    """Letters and digits of a text alone, in lower case."""
     return re.sub(r"\W+", "", text.lower())
 
 

@@ -21,7 +21,7 @@ import numpy as np
 import xxhash
 
 from dsm_train.corpus.engine import Task
-from dsm_train.corpus.page import read_pages, replacing
+from dsm_train.corpus.page import id_number, read_pages, replacing
 from dsm_train.corpus.select import Cut, batches, read_columns, read_scores
 
 if TYPE_CHECKING:
@@ -105,9 +105,7 @@ class Index:
         schema = pa.schema([("id", pa.uint64()), ("domain", pa.string()), ("url", pa.string())])
         pages = 0
         with replacing(task.output) as temporary, parquet.ParquetWriter(temporary, schema) as writer:
-            for rows in batches(
-                (int(page.id, 16), base_url(page.url), page.url) for page in read_pages(task.inputs[0])
-            ):
+            for rows in batches((id_number(page), base_url(page.url), page.url) for page in read_pages(task.inputs[0])):
                 writer.write_table(pa.table([list(column) for column in zip(*rows, strict=True)], schema=schema))
                 pages += len(rows)
         return {"pages": pages}
@@ -136,6 +134,9 @@ class CountPrefixes:
     parts: int
     domains: Path
     """The domains, as `write_counts` wrote them."""
+    share: float
+    """What they were chosen by, as is `min_pages`: other domains have other prefixes."""
+    min_pages: int
 
     def __call__(self, task: Task) -> Mapping[str, int]:
         from pyarrow import parquet
@@ -162,7 +163,7 @@ class Merge:
         for index in range(self.files):
             with parquet.ParquetFile(task.inputs[0] / f"{index:05d}.parquet") as file:
                 pending.append(file.read_row_group(task.index))
-            if sum(table.num_rows for table in pending) > _ROWS:
+            if sum(table.num_rows for table in pending[1:]) > max(_ROWS, pending[0].num_rows):
                 pending = [_add_up(pending)]
         total = _add_up(pending)
         total = total.filter(compute.field("pages") >= self.min_pages).sort_by("prefix")

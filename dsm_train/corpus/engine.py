@@ -98,7 +98,7 @@ def run_step(name: str, tasks: Sequence[Task], work: Work, config: EngineConfig,
 def read_report(out: Path) -> Report | None:
     """The report of a finished step, or None where it has not finished."""
     path = out / "report.json"
-    return Report(**json.loads(path.read_text(encoding="utf-8"))) if path.exists() else None
+    return Report(**_read_json(path)) if path.exists() else None
 
 
 def finished_shards(folder: Path) -> list[Path]:
@@ -128,6 +128,13 @@ def write_json(path: Path, value: Any) -> None:
     """Write a JSON file, whole or not at all."""
     with replacing(path) as temporary:
         temporary.write_text(json.dumps(value, indent=1, ensure_ascii=False, default=str) + "\n", encoding="utf-8")
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise StepError(f"{path} is not JSON ({error}): delete it and run the same command again") from error
 
 
 @dataclass(frozen=True)
@@ -193,11 +200,7 @@ def _kept(tasks: Sequence[Task], out: Path) -> str:
 def _sum_counts(tasks: Sequence[Task], out: Path) -> dict[str, int]:
     total: Counter[str] = Counter()
     for task in tasks:
-        path = counts_path(out, task)
-        try:
-            total.update(json.loads(path.read_text(encoding="utf-8")))
-        except ValueError as error:
-            raise StepError(f"{path} is not JSON ({error}): delete it and run the same command again") from error
+        total.update(_read_json(counts_path(out, task)))
     return dict(total)
 
 
@@ -230,7 +233,7 @@ def claim(name: str, tasks: Sequence[Task], work: Work, out: Path) -> str:
     if not path.exists():
         write_json(path, settings)
         return _key(settings)
-    made = json.loads(path.read_text(encoding="utf-8"))
+    made = _read_json(path)
     other = [setting for setting in sorted({*made, *settings}) if made.get(setting) != settings.get(setting)]
     if other:
         what = f"{other[0]} was {made.get(other[0])!r:.100} and is {settings.get(other[0])!r:.100}"
@@ -249,7 +252,7 @@ def _settings(name: str, tasks: Sequence[Task], work: Work) -> dict[str, Any]:
     for folder in sorted({path if path.is_dir() else path.parent for path in inputs}):
         made = folder / _CLAIM
         if made.exists():  # by a step, whose configuration counts as well
-            settings[f"configuration of {folder}"] = _key(json.loads(made.read_text(encoding="utf-8")))
+            settings[f"configuration of {folder}"] = _key(_read_json(made))
     if is_dataclass(work):
         decides = {field.name for field in fields(work) if field.compare}  # type: ignore[arg-type]
         settings |= _flat({k: v for k, v in asdict(work).items() if k in decides}, "")  # type: ignore[call-overload]

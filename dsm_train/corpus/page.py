@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import gzip
 import hashlib
-import itertools
 import json
 import math
 import os
@@ -20,8 +19,8 @@ from pathlib import Path
 from typing import IO, Any
 
 SUFFIXES = (".jsonl.gz", ".jsonl.zst", ".jsonl", ".parquet")
-_ROWS = 512
-"""Pages in memory at once in a Parquet shard (a row group)."""
+_ROWS, _CHARS = 512, 1 << 24
+"""Pages in memory at once in a Parquet shard (a row group), and characters of theirs."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +46,14 @@ class Page:
 def page_id(url: str, date: str) -> str:
     """16 hexadecimal digits that name the capture of `url` at `date`."""
     return hashlib.blake2b(f"{url}\n{date}".encode("utf-8", "surrogatepass"), digest_size=8).hexdigest()
+
+
+def id_number(page: Page) -> int:
+    """The id of a page as a number of 64 bits: the one that its hexadecimal digits say, or a hash of another name."""
+    try:
+        return int(page.id, 16) % 2**64
+    except ValueError:
+        return int(page_id(page.id, ""), 16)
 
 
 def shards(folder: str | Path) -> list[Path]:
@@ -79,7 +86,8 @@ def write_pages(path: str | Path, pages: Iterable[Page]) -> int:
 def read_pages(path: str | Path) -> Iterator[Page]:
     """Read a shard page by page.
 
-    Raises ValueError with the place and the remedy for a shard that is truncated, or holds something else.
+    Shards from elsewhere need no more than `text`: what else they lack is "", and the id that of URL and date. Raises
+    ValueError with the place and the remedy for a shard that is truncated, or holds something else.
     """
     path = Path(path)
     number = 0
@@ -92,13 +100,27 @@ def read_pages(path: str | Path) -> Iterator[Page]:
                 number += 1
                 if line.strip():
                     yield _from_json(json.loads(line))
-    except (EOFError, zlib.error, OSError, ValueError, TypeError, KeyError) as error:
+    except (EOFError, zlib.error, OSError, ValueError, TypeError, AttributeError) as error:
         if isinstance(error, OSError) and not isinstance(error, gzip.BadGzipFile):
             raise
         raise ValueError(
             f"{path}:{number}: not a shard of pages, or cut short ({type(error).__name__}: {error}): "
-            "delete it with its .counts.json and run the step that writes it again"
+            "correct it; if a step wrote it, delete it with its .counts.json and run that step again"
         ) from error
+
+
+def page_batches(pages: Iterable[Page], most: int, chars: int) -> Iterator[list[Page]]:
+    """Pages in lists of at most so many, each of which ends where its texts reach so many characters."""
+    batch: list[Page] = []
+    size = 0
+    for page in pages:
+        batch.append(page)
+        size += len(page.text)
+        if len(batch) == most or size >= chars:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
 
 
 @contextlib.contextmanager
@@ -124,7 +146,15 @@ def _to_json(page: Page) -> bytes:
 
 
 def _from_json(record: dict[str, Any]) -> Page:
-    return Page(**{name: record[name] for name in _NAMES if name in record})
+    known = {name: record[name] for name in _NAMES if record.get(name) is not None}
+    text, url, date = known.get("text"), known.setdefault("url", ""), str(known.get("date", ""))
+    if not isinstance(text, str) or not isinstance(url, str):
+        raise TypeError("a page has a text, which is a string")
+    if not text.isascii():
+        known["text"] = text.encode("utf-8", "replace").decode()  # half a surrogate pair is no UTF-8
+    known["date"], known["id"] = date, str(known["id"] if "id" in known else page_id(url or text, date))
+    known.setdefault("language", "")
+    return Page(**known)
 
 
 _NAMES = tuple(field.name for field in fields(Page))
@@ -186,9 +216,10 @@ def _write_parquet(file: IO[bytes], pages: Iterable[Page]) -> int:
 
     names = {"tokens": pyarrow.int64(), "score": pyarrow.float64()}
     schema = pyarrow.schema([(name, names.get(name, pyarrow.string())) for name in _NAMES])
-    remaining, count = iter(pages), 0
+    count = 0
     with parquet.ParquetWriter(file, schema, compression="zstd") as writer:
-        while rows := [json.loads(_to_json(page)) for page in itertools.islice(remaining, _ROWS)]:
+        for batch in page_batches(pages, _ROWS, _CHARS):
+            rows = [json.loads(_to_json(page)) for page in batch]
             writer.write_table(pyarrow.Table.from_pylist(rows, schema))
             count += len(rows)
     return count
@@ -197,6 +228,7 @@ def _write_parquet(file: IO[bytes], pages: Iterable[Page]) -> int:
 def _read_parquet(file: IO[bytes]) -> Iterator[Page]:
     from pyarrow import parquet
 
-    for batch in parquet.ParquetFile(file).iter_batches(_ROWS):
-        for row in batch.to_pylist():
-            yield _from_json({name: value for name, value in row.items() if value is not None})
+    whole = parquet.ParquetFile(file)
+    for group in range(whole.num_row_groups):
+        for batch in whole.iter_batches(_ROWS, [group]):
+            yield from map(_from_json, batch.to_pylist())

@@ -17,7 +17,8 @@ from dsm_train.corpus.annotate import Annotations
 from dsm_train.corpus.classifier import Quality, Scorer
 from dsm_train.corpus.config import ClassifierConfig, TokenizerConfig
 from dsm_train.corpus.engine import Task, write_json
-from dsm_train.corpus.page import Page, read_pages, write_pages
+from dsm_train.corpus.fingerprints import normalise_url
+from dsm_train.corpus.page import Page, id_number, read_pages, write_pages
 from dsm_train.corpus.select import Cut, ScoreRow, cut, read_scores, write_scores
 
 
@@ -25,8 +26,8 @@ from dsm_train.corpus.select import Cut, ScoreRow, cut, read_scores, write_score
 class Examples:
     """Pages of a shard to train on: those under annotated URLs that were not collected, and a random sample.
 
-    Inputs: the pages; from round 2 their scores and their examples in the round before, whose positives stay. In the
-    output `score` is 1 for a positive and 0 for a negative.
+    Inputs: the pages; from round 2 their scores and their examples in the round before, whose positives stay as long as
+    their annotation does. In the output `score` is 1 for a positive and 0 for a negative.
     """
 
     seed: int
@@ -46,7 +47,7 @@ class Examples:
             collected_before = _collected(before[0] if before else None, self.previous)
             for page, collected in zip(read_pages(pages), collected_before, strict=False):
                 in_math = self.annotations.is_math(page.url)
-                if page.id in stay or (in_math and not collected):
+                if in_math and (page.id in stay or not collected):
                     counts["positives"] += 1
                     yield replace(page, score=1.0)
                 elif not in_math and sampled(page.id, self.seed, self.share):
@@ -83,21 +84,22 @@ class Train:
         return {"positives": quality.positives, "negatives": quality.negatives, "held out": quality.held_out}
 
     def _positives(self, inputs: Sequence[Path], known: set[str]) -> Iterator[str]:
-        """Texts of the positives, a sample when there are more than asked for; their ids go to `known`."""
+        """Texts of the positives, a sample when there are more than asked for; their addresses go to `known`."""
 
         def pages() -> Iterator[Page]:
             for number, path in enumerate(inputs):
                 yield from (page for page in read_pages(path) if number < self.seeds or page.score == 1)
 
         share = self.most_positives / max(1, sum(1 for _ in pages()))
-        chosen = (page for page in pages() if sampled(page.id, self.seed, share) and page.id not in known)
+        chosen = (page for page in pages() if sampled(page.id, self.seed, share) and _address(page) not in known)
         for page in itertools.islice(chosen, self.most_positives):
-            known.add(page.id)
+            known.add(_address(page))
             yield page.text
 
     def _negatives(self, inputs: Sequence[Path], known: set[str]) -> Iterator[str]:
-        pages = (page for path in inputs for page in read_pages(path) if page.score == 0 and page.id not in known)
-        return (page.text for page in itertools.islice(pages, self.most_negatives))
+        pages = (page for path in inputs for page in read_pages(path) if page.score == 0)
+        others = (page for page in pages if _address(page) not in known)
+        return (page.text for page in itertools.islice(others, self.most_negatives))
 
 
 @dataclass(frozen=True)
@@ -117,7 +119,7 @@ class Score:
                 line = scorer.features.line(page.text)
                 tokens = page.tokens or scorer.features.tokens(page.text, line)
                 counts.update(pages=1, tokens=tokens)
-                yield ScoreRow(int(page.id, 16), tokens, scorer.score_line(line))
+                yield ScoreRow(id_number(page), tokens, scorer.score_line(line))
 
         write_scores(task.output, rows())
         return counts
@@ -172,6 +174,11 @@ class Collect:
 def sampled(page_id: str, seed: int, share: float) -> bool:
     """Whether a page is in a random sample of this share of all pages: by its id, so the same in any order."""
     return xxhash.xxh3_64_intdigest(f"{seed}/{page_id}".encode()) < share * 2.0**64
+
+
+def _address(page: Page) -> str:
+    """What a page is known by when it was captured twice: seeds come from other crawls."""
+    return normalise_url(page.url) or page.id
 
 
 def quality_path(model: Path) -> Path:

@@ -28,7 +28,7 @@ from dsm_train.corpus.domains import (
     read_counts,
     write_counts,
 )
-from dsm_train.corpus.engine import Report, Task, Work, finished_shards, read_report, run_step, write_json
+from dsm_train.corpus.engine import Report, Task, Work, claim, finished_shards, read_report, run_step, write_json
 from dsm_train.corpus.page import SUFFIXES, replacing, shards
 from dsm_train.corpus.round_annotation import Shard, annotate
 from dsm_train.corpus.round_steps import Collect, Examples, FindCut, Score, Train, read_cut, read_quality
@@ -193,6 +193,7 @@ class _Corpus:
         if self.total > _FEW_PAGES:
             run_step(name, tasks, work, self.config.engine, out)
         else:
+            claim(name, tasks, work, out)
             for task in tasks:
                 work(task)
 
@@ -233,11 +234,17 @@ class _Before:
 def _run_round(corpus: _Corpus, number: int, before: _Before | None) -> tuple[RoundResult, _Before | None, set[str]]:
     """One round: its row of the table, what the next one needs (None: a person first), its mathematical domains."""
     config, folder, name = corpus.config, corpus.folder(number), f"round {number}"
-    _score(corpus, number, before)
+    tokens = _score(corpus, number, before).counts["tokens"]
     scores = corpus.scores(number)
     budgets = config.rounds.budget_tokens
+    budget = budgets[min(number, len(budgets)) - 1]
+    if 0 < tokens <= budget:
+        raise ValueError(
+            f"rounds.budget_tokens: {budget:,} hold all {tokens:,} tokens, so that round {number} leaves none out: "
+            "lower it (the paper kept 0.1 % of its pages)"
+        )
     finding = Task(0, tuple(scores), folder / "cut" / "cut.json")
-    corpus.join(f"{name} cut", FindCut(budgets[min(number, len(budgets)) - 1]), [finding], finding.output.parent)
+    corpus.join(f"{name} cut", FindCut(budget), [finding], finding.output.parent)
     cut = read_cut(finding.output)
     inputs = [corpus.pages, scores, *([corpus.scores(before.number)] if before else [])]
     collect = Collect(cut, before.cut if before else None)
@@ -284,7 +291,8 @@ def _annotate(
 ) -> Annotations | None:
     """Count the prefixes of the mathematical domains, and annotate them."""
     config, folder = corpus.config, corpus.folder(number)
-    work = CountPrefixes(cut, num_parts(corpus.total), folder / "domains.parquet")
+    settings = config.domains.share, config.domains.min_pages
+    work = CountPrefixes(cut, num_parts(corpus.total), folder / "domains.parquet", *settings)
     merged = _count(corpus, number, "prefixes", work, config.domains.min_pages)
     rank = {domain.prefix: place for place, domain in enumerate(domains)}
     counts = sorted(read_counts(merged), key=lambda count: rank[count.prefix.partition("/")[0]])

@@ -40,7 +40,7 @@ class ScoreRow:
     """A page as it is ranked."""
 
     id: int
-    """The page's id; `Page.id` is its hexadecimal form."""
+    """The page's id (`page.id_number`)."""
     tokens: int
     """Its tokens."""
     score: float
@@ -92,14 +92,14 @@ def batches(rows: Iterable[RowT]) -> Iterator[list[RowT]]:
 
 
 def read_columns(path: Path, names: Sequence[str]) -> Iterator[pa.RecordBatch]:
-    """Read columns of a Parquet file in batches; ValueError with the remedy for a file that is none."""
+    """Read columns of a Parquet file in batches; ValueError with the remedy for one that is none, or not there."""
     import pyarrow as pa
     from pyarrow import parquet
 
     try:
         with parquet.ParquetFile(path) as file:
             yield from file.iter_batches(_BATCH, columns=list(names))
-    except pa.ArrowInvalid as error:
+    except (pa.ArrowInvalid, FileNotFoundError) as error:
         raise ValueError(f"{path} cannot be read ({error}): delete its folder and run the step again") from error
 
 

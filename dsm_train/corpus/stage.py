@@ -8,11 +8,10 @@ import importlib.util
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NoReturn
 
-PACKAGES = (
-    *("datatrove", "fastwarc", "fasttext", "pyarrow", "regex", "resiliparse", "tokenizers", "tyro", "xxhash", "zstandard"),
-)
+PACKAGES = tuple("datatrove fastwarc fasttext pyarrow regex resiliparse tokenizers tyro xxhash zstandard".split())
 """What the steps import, of the extras `train` and `corpus`."""
 
 
@@ -26,6 +25,10 @@ class Step:
     description: str
     needs: tuple[str, ...] = ()
     """Values of the configuration that have no default and are needed."""
+    reads: tuple[str, ...] = ()
+    """Files and folders that the configuration names, which have to be there."""
+    recipe: Path | None = None
+    """What it runs with below the recipe that a user gives."""
 
 
 STEPS = (
@@ -34,6 +37,7 @@ STEPS = (
         "demo",
         "run",
         "Make a small synthetic web with known truth, run all steps on it, and show what was found.",
+        recipe=Path(__file__).with_name("demo.yaml"),
     ),
     Step(
         "extract",
@@ -49,6 +53,7 @@ STEPS = (
         "classify",
         "Train the classifier of round 1 and score every page; no page is collected.",
         ("rounds.seeds",),
+        ("rounds.seeds", "tokenizer.path"),
     ),
     Step(
         "rounds",
@@ -56,6 +61,7 @@ STEPS = (
         "run",
         "Rounds of: train, score, collect the best pages up to a budget, find domains, annotate.",
         ("rounds.seeds",),
+        ("rounds.seeds", "tokenizer.path", "domains.rules", "domains.annotations"),
     ),
     Step("annotate", "annotate", "run", "Write the page on which a person marks the URLs of mathematical domains."),
     Step(
@@ -64,8 +70,16 @@ STEPS = (
         "run",
         "Remove what matches the questions and answers of benchmarks.",
         ("decontaminate.benchmarks",),
+        ("decontaminate.benchmarks",),
     ),
-    Step("tokenise", "tokenise", "run", "Write Megatron's indexed dataset and its manifest.", ("tokenizer.path",)),
+    Step(
+        "tokenise",
+        "tokenise",
+        "run",
+        "Write Megatron's indexed dataset and its manifest.",
+        ("tokenizer.path",),
+        ("tokenizer.path",),
+    ),
 )
 RUN = ("extract", "dedup", "rounds", "decontaminate", "tokenise")
 """The steps of `corpus run`, in order."""
@@ -93,6 +107,8 @@ def _run(prog: str, steps: Sequence[Step], arguments: Sequence[str]) -> None:
     from dsm_train.cli import load_config, user_errors
     from dsm_train.corpus.config import CorpusConfig
 
+    if steps[0].recipe is not None:
+        arguments = ["--config", str(steps[0].recipe), *arguments]
     description = " ".join(step.description for step in steps) if len(steps) == 1 else "All steps: " + ", ".join(RUN)
     with user_errors(prog):
         config = load_config(CorpusConfig, arguments, prog=prog, description=description, others=stage_configs())
@@ -102,7 +118,9 @@ def _run(prog: str, steps: Sequence[Step], arguments: Sequence[str]) -> None:
                 module = importlib.import_module(f"dsm_train.corpus.{step.module}")
                 _show(step, getattr(module, step.function)(config))
         except OSError as error:
-            raise ValueError(f"{error.filename or 'a file'}: {error.strerror or error}") from error
+            raise ValueError(
+                f"{error.filename or 'a file'}: {error.strerror or error}: give a path that can be used"
+            ) from error
         except KeyboardInterrupt:
             print(
                 f"\n{prog}: stopped; finished shards are kept, and the same command goes on from there", file=sys.stderr
@@ -112,11 +130,20 @@ def _run(prog: str, steps: Sequence[Step], arguments: Sequence[str]) -> None:
 
 def _check(steps: Sequence[Step], config: Any) -> None:
     """Refuse at once what would be missing after hours."""
+
+    def value(key: str) -> Any:
+        section, name = key.split(".")
+        return getattr(getattr(config, section), name)
+
     for step in steps:
         for key in step.needs:
-            section, name = key.split(".")
-            if not getattr(getattr(config, section), name):
+            if not value(key):
                 raise ValueError(f"{key} is needed by the step {step.name}: add {key}=VALUE or set it in the recipe")
+        for key in step.reads:
+            named = value(key) or ()
+            for path in map(Path, named if isinstance(named, tuple) else (named,)):
+                if not path.exists():
+                    raise ValueError(f"{key}: there is no file or folder {str(path)!r}: correct the path")
 
 
 def _show(step: Step, report: Any) -> None:

@@ -17,6 +17,7 @@ from dsm_train.corpus.synthetic_text import Document, Formula, Paragraph, invent
 
 Markup = Literal["mathjax", "delimiters", "dollars", "katex", "mathml", "annotated", "image", "html"]
 Damage = Literal["", "markup", "charset", "script"]
+Layout = Literal["article", "forum", "table", "plain"]
 
 MARKUPS: tuple[Markup, ...] = ("mathjax", "delimiters", "dollars", "katex", "mathml", "annotated", "image", "html")
 
@@ -28,7 +29,7 @@ class Look:
     host: str
     language: str
     markup: Markup
-    layout: Literal["article", "forum", "table", "plain"]
+    layout: Layout
     charset: str
     menu: tuple[str, ...]
 
@@ -155,7 +156,8 @@ def make_look(rng: Random, host: str, language: str, markup: Markup) -> Look:
     """Draw how a site looks. One in seven of either language is not in UTF-8."""
     menu = tuple(rng.sample(_MENUS[language], 6))
     charset = "utf-8" if rng.random() > 0.15 else {"en": "cp1252", "zh": "gb18030"}[language]
-    layout = rng.choice(["article", "article", "forum", "table", "plain"])
+    layouts: list[Layout] = ["article", "article", "forum", "table", "plain"]
+    layout = rng.choice(layouts)
     return Look(host, language, markup, layout, charset, menu)
 
 

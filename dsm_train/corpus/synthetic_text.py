@@ -91,10 +91,10 @@ def pick_mixture(rng: Random, topic: str, near: Sequence[str], core: float, form
     return Mixture(
         topics=(topic, rng.choice(beside)) if beside and rng.random() < 0.3 else (topic,),
         language="zh" if chinese else "en",
-        topic_share=rng.uniform(0.22, 0.45),
+        topic_share=rng.uniform(0.18, 0.42),
         core_share=core * rng.random(),
         formula_share=formulas * rng.random() if rng.random() < 0.7 else 0.0,
-        sentences=rng.randint(14, 44),
+        sentences=rng.randint(12, 44),
     )
 
 

@@ -23,7 +23,7 @@ from typing import Literal
 from uuid import NAMESPACE_URL, uuid5
 
 from dsm_train.corpus import synthetic_text as text
-from dsm_train.corpus.page import page_id
+from dsm_train.corpus.page import page_id, replacing
 from dsm_train.corpus.synthetic_html import MARKUPS, Damage, Look, make_look, render
 from dsm_train.corpus.synthetic_words import CHINESE_MATHEMATICS, CHINESE_OTHER, MATHEMATICS, OTHER
 
@@ -185,12 +185,13 @@ def make(folder: Path, seed: int, pages: int, padding: int = 0) -> Truth:
                 if rng.random() < 0.05:
                     file.write(_no_page(rng, plan))
     truth = Truth(seed, tuple(plan.truth for plan in planned), tuple(hidden_sites))
-    (folder / "truth.json").write_text(json.dumps(asdict(truth), ensure_ascii=False) + "\n", encoding="utf-8")
+    with replacing(folder / "truth.json") as temporary:  # last and whole: where it stands, all else does
+        temporary.write_text(json.dumps(asdict(truth), ensure_ascii=False) + "\n", encoding="utf-8")
     return truth
 
 
 def _plan(rng: Random, pages: int, seed: int) -> tuple[list[Planned], list[str]]:
-    copies = {copy: round(share * pages) for copy, share in _COPIES.items()}
+    copies: dict[Copy, int] = {copy: round(share * pages) for copy, share in _COPIES.items()}
     originals = pages - sum(copies.values())
     planned: list[Planned] = []
     hidden_sites: list[str] = []
@@ -233,7 +234,8 @@ def _narrowed(rng: Random, section: Section, topics: int) -> Section:
 
 def _page(rng: Random, index: int, look: Look, section: Section, group: Group) -> Planned:
     topic = rng.choice(section.topics)
-    damage = rng.choices(["", *_DAMAGED], [1 - sum(_DAMAGED.values()), *_DAMAGED.values()])[0]
+    kinds: list[Damage] = ["", *_DAMAGED]
+    damage = rng.choices(kinds, [1 - sum(_DAMAGED.values()), *_DAMAGED.values()])[0]
     address = Random(look.host).choice(["{}{}.html", "{}p/{}", "{}view?id={}"])  # a site has its own way
     url = f"https://{look.host}/" + address.format(section.path, 1000 + index)
     date = datetime(2024, 2, 1, tzinfo=UTC) + timedelta(seconds=rng.randrange(10**6))

@@ -116,7 +116,9 @@ class _Encode:
         tokenizer, lengths, empty = self.load(), array.array("i"), 0
         with replacing(_ids(task.output)) as temporary, open(temporary, "wb") as file:
             for page in read_pages(task.inputs[0]):
-                ids = array.array("i", [token for part in _blocks(page.text) for token in tokenizer.encode(part)])
+                ids = array.array("i")
+                for part in _blocks(page.text):
+                    ids.extend(tokenizer.encode(part))
                 if ids:
                     ids.append(tokenizer.eos_id)
                     ids.tofile(file)

@@ -115,6 +115,7 @@ def test_decisions_that_say_nothing_new_are_left_out() -> None:
         ("rules: [{prefix: a, share: 1}]", "rule 1: unknown key 'share'"),
         ("rules: [{prefix: a}, {prefix: b, math: no}]", "rule 2: math must be true or false, got 'no'"),
         ("rules: [{prefix: a, min_share: half}]", "min_share must be a number, got 'half'"),
+        ("rules: [{prefix: a, max_share: 20}]", "max_share is a share and must be in 0..1, got '20'"),
     ],
 )
 def test_rules_that_are_wrong_are_said(text: str, message: str, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+import resource
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -180,9 +181,26 @@ def test_too_few_pages_are_refused(tmp_path: Path) -> None:
         train(texts(MATH, 19, 1), texts(OTHER, 50, 2), SMALL, tmp_path / "model.bin", seed=0)
 
 
-def test_bpe_needs_a_tokenizer_and_a_model_must_be_one(tmp_path: Path) -> None:
+def test_bpe_needs_a_tokenizer() -> None:
     with pytest.raises(ValueError, match="tokenizer.path must be given"):
         Features(ClassifierConfig(), TokenizerConfig())
-    (tmp_path / "model.bin").write_bytes(b"not a model")
-    with pytest.raises(ValueError, match="no fastText model"):
+
+
+@pytest.mark.parametrize("kept", [0.0, 0.001, 0.5, 0.999])
+def test_a_model_cut_short_is_refused(kept: float, model: Path, tmp_path: Path) -> None:
+    content = model.read_bytes()
+    (tmp_path / "model.bin").write_bytes(content[: int(kept * len(content))])
+    with pytest.raises(ValueError, match="model.bin is no model of this program, or cut short: delete it"):
         Scorer.load(tmp_path / "model.bin", SMALL, TokenizerConfig())
+
+
+def test_a_disk_too_full_for_the_model_is_noticed(tmp_path: Path) -> None:
+    good, bad = texts(MATH, 30, 1), texts(OTHER, 30, 2)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (SMALL.bucket * 4 - 1, limits[1]))  # the texts are shorter
+    try:
+        with pytest.raises(OSError, match="No space left"):
+            train(good, bad, SMALL, tmp_path / "model.bin", seed=0)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert not list(tmp_path.iterdir())

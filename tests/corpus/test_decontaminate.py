@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from peak import printed_by
 
 from dsm_train.corpus.benchmarks import Benchmarks, Item, Match, Words
 from dsm_train.corpus.config import DecontaminateConfig, EngineConfig
@@ -69,6 +70,28 @@ def test_words_are_those_of_a_regular_expression(text: str) -> None:
     first, end = words.first_P[1], words.first_P[2] - 1
     assert np.array_equal(words.hashes()[first:end], Words.of(text).hashes()[:-1])  # wherever the text stands
     assert sum((Words.of(line).list(0) for line in text.split("\n")), []) == words.list(1)
+
+
+def test_hashes_do_not_depend_on_blocks_nor_memory_on_the_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    words = Words.of("a page, then   another" + " " * 50, "", "小明有12个apples " + "x" * 40 + " y")
+    whole = words.hashes()
+    for block in (1, 7, 30):
+        monkeypatch.setattr("dsm_train.corpus.benchmarks._BLOCK", block)
+        assert np.array_equal(words.hashes(), whole)
+    code = """
+from dsm_train.corpus.benchmarks import Words
+Words.of("word " * 100_000).hashes()
+words, before = Words.of("word " * 2_000_000), peak_kibibytes()
+words.hashes()
+print(peak_kibibytes() - before)
+"""
+    assert int(printed_by(code)) < 50_000  # of 10,000,000 characters
+
+
+def test_a_stretch_of_words_is_part_of_their_list() -> None:
+    words = Words.of("one", "two 小明 three four", "five")
+    assert words.list(1) == words.list(1, 0, 5) == ["two", "小", "明", "three", "four"]
+    assert words.list(1, 1, 4) == ["小", "明", "three"] and words.list(2, 0, 1) == ["five"]
 
 
 def test_layout_does_not_count() -> None:

@@ -7,6 +7,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+import numpy as np
 import pytest
 from datatrove.data import Document
 from datatrove.executor import LocalPipelineExecutor
@@ -119,6 +120,11 @@ def test_shards_are_joined_where_there_are_too_many(tmp_path: Path, monkeypatch:
     run(tmp_path / "b", [pages[i::7] for i in range(7)])
     assert kept(tmp_path / "a") == kept(tmp_path / "b")
     assert [path.name for path in shards(tmp_path / "b" / "out")] == [f"0000{i}.jsonl.gz" for i in range(3)]
+
+
+def test_a_full_disk_says_so() -> None:
+    with open("/dev/full", "wb", buffering=0) as file, pytest.raises(OSError, match="No space left"):
+        dedup._write(file, np.zeros((3, 5), np.uint64))
 
 
 def test_as_many_pages_stay_as_after_the_four_stages_of_datatrove(tmp_path: Path) -> None:

@@ -105,7 +105,7 @@ def test_prefixes_are_counted_in_the_given_domains_only(tmp_path: Path) -> None:
     tasks, cut, truth = make_shards(tmp_path, 2, 2)
     write_counts(tmp_path / "domains.parquet", [Count("site1.org", 1, 1), Count("site2.org", 1, 1)])
     for task in tasks:
-        CountPrefixes(cut, 2, tmp_path / "domains.parquet")(task)
+        CountPrefixes(cut, 2, tmp_path / "domains.parquet", 0.1, 1)(task)
     merged = [tmp_path / f"merged-{part}.parquet" for part in range(2)]
     for part, path in enumerate(merged):
         Merge(len(tasks), min_pages=4)(Task(part, (tmp_path / "by-shard",), path))

@@ -231,6 +231,20 @@ def test_a_folder_belongs_to_its_configuration(tmp_path: Path) -> None:
         run_step("again", shard_tasks(finished_shards(first), second, TWO), work, TWO, second)
 
 
+@pytest.mark.parametrize("name", ["step.json", "report.json", "00001.counts.json"])
+def test_a_file_of_the_engine_that_was_cut_short_is_named(tmp_path: Path, name: str) -> None:
+    inputs, out = shards_of_pages(tmp_path / "in", 2), tmp_path / "out"
+    tasks, work = shard_tasks(inputs, out, TWO), Copy(tmp_path / "diary")
+    report = run_step("copy", tasks, work, TWO, out)
+    (out / name).write_text("")
+    if "counts" in name:
+        (out / "report.json").unlink()
+    with pytest.raises(StepError, match=rf"out/{name} is not JSON .*: delete it and run the same command again"):
+        run_step("copy", tasks, work, TWO, out)
+    (out / name).unlink()
+    assert run_step("copy", tasks, work, TWO, out).counts == report.counts
+
+
 def test_two_processes_do_not_work_in_one_folder(tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     with open(tmp_path / "out" / ".lock", "w") as lock:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterator
+from dataclasses import replace
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
 from peak import printed_by
 
-from dsm_train.corpus.page import SUFFIXES, Page, page_id, read_pages, shards, write_pages
+from dsm_train.corpus.page import SUFFIXES, Page, id_number, page_id, read_pages, shards, write_pages
 
 # Line ends of every kind, quotes, another script, nothing at all, and scores at both ends.
 PAGES = [
@@ -64,13 +66,33 @@ def test_a_flipped_bit_is_noticed(tmp_path: Path, suffix: str) -> None:
         list(read_pages(path))
 
 
-@pytest.mark.parametrize("line", ['{"id": "0"}', "[]", "word", '{"id": 1'])
+@pytest.mark.parametrize("line", ['{"id": "0"}', '{"text": null}', '{"text": 1}', "[]", "word", '{"id": 1'])
 def test_what_is_no_page_is_named_with_its_line(tmp_path: Path, line: str) -> None:
     path = tmp_path / "00000.jsonl"
     write_pages(path, PAGES[:1])
     path.write_text(path.read_text() + "\n" + line + "\n")
     with pytest.raises(ValueError, match=r"00000\.jsonl:3: not a shard of pages"):
         list(read_pages(path))
+
+
+def test_shards_from_elsewhere_need_no_more_than_texts(tmp_path: Path) -> None:
+    import pyarrow
+    from pyarrow import parquet
+
+    dates = [datetime(2020, 2, 3, tzinfo=UTC), None]
+    columns = {"text": ["one", "two"], "url": ["http://a.org", None], "date": dates, "metadata": ["{}", None]}
+    parquet.write_table(pyarrow.table(columns), tmp_path / "0.parquet")
+    (tmp_path / "0.jsonl").write_text('{"text": "a\\ud800b", "id": 7, "tokens": null}\n')
+    one, two = read_pages(tmp_path / "0.parquet")
+    assert one == replace(one, id=page_id("http://a.org", one.date), url="http://a.org", text="one", language="")
+    assert one.date.startswith("2020-02-03") and (two.url, two.date) == ("", "") and two.id != one.id
+    (three,) = read_pages(tmp_path / "0.jsonl")
+    assert (three.text, three.id, three.tokens) == ("a?b", "7", 0)
+
+
+def test_an_id_that_is_no_number_has_one() -> None:
+    numbers = [id_number(replace(PAGES[0], id=name)) for name in ("00ff", "<urn:uuid:1>", "<urn:uuid:2>", "f" * 40)]
+    assert numbers[0] == 255 and len(set(numbers)) == 4 and all(0 <= number < 2**64 for number in numbers)
 
 
 def test_a_writer_that_fails_leaves_what_was_there(tmp_path: Path) -> None:
@@ -125,3 +147,18 @@ for count in (2_000, 12_000):
 print(peaks[1] - peaks[0])
 """
     assert int(printed_by(code, tmp_path, suffix)) < 8_000  # of 40,000 KiB of text
+
+
+def test_long_pages_are_few_in_memory(tmp_path: Path) -> None:
+    code = """
+from pathlib import Path
+from dsm_train.corpus.page import Page, read_pages, write_pages
+path = Path(sys.argv[1]) / "0.parquet"
+peaks = []
+for count in (40, 200):
+    write_pages(path, (Page(f"{i:x}", "u", f"{i} " * (1 << 19), "en", "") for i in range(count)))
+    assert sum(1 for _ in read_pages(path)) == count
+    peaks.append(peak_kibibytes())
+print(peaks[1] - peaks[0])
+"""
+    assert int(printed_by(code, tmp_path)) < 50_000  # of 200,000 KiB more of text

@@ -65,11 +65,14 @@ def test_annotated_pages_that_were_not_collected_become_positives_and_stay(
     shard: tuple[Path, Path], tmp_path: Path
 ) -> None:
     write_pages(tmp_path / "before.jsonl", [Page("4", "http://b.org/4", "four", "", "", score=1.0)])
-    annotations = Annotations(("a.org",), ("a.org/press",))
+    annotations = Annotations(("a.org", "b.org"), ("a.org/press",))
     work = Examples(0, 1.0, annotations, Cut(0.0, 4, 2, 20))
     task = Task(0, (*shard, tmp_path / "before.jsonl"), tmp_path / "out.jsonl")
     assert work(task) == {"positives": 2, "negatives": 1}
     assert [(page.id, page.score) for page in read_pages(task.output)] == [("2", 1.0), ("3", 0.0), ("4", 1.0)]
+
+    work = replace(work, annotations=Annotations(("a.org",), ("a.org/press",)))  # somebody thought again of b.org
+    assert work(task) == {"positives": 1, "negatives": 2}
 
 
 def test_round_one_samples_negatives_alone(shard: tuple[Path, Path], tmp_path: Path) -> None:
@@ -108,7 +111,10 @@ def test_the_cut_survives_its_file(budget: int, score: float, shard: tuple[Path,
 def test_training_takes_at_most_what_is_asked_for_and_no_page_as_both(tmp_path: Path) -> None:
     seeds, good, bad = make_pages("s.org", MATH, 60), make_pages("g.org", MATH, 60), make_pages("o.org", OTHER, 200)
     write_pages(tmp_path / "seeds.jsonl", seeds)
-    examples = [(page, 1.0) for page in good] + [(page, 0.0) for page in bad + seeds]
+    again = [
+        replace(page, id=page_id(page.url, "2025"), url=page.url.replace("https://", "http://www.")) for page in seeds
+    ]
+    examples = [(page, 1.0) for page in good] + [(page, 0.0) for page in bad + again]  # the seeds of another crawl
     write_pages(
         tmp_path / "examples.jsonl",
         (Page(page.id, page.url, page.text, "", "", score=score) for page, score in examples),
@@ -216,6 +222,30 @@ def test_annotations_that_were_used_cannot_be_changed_behind_a_round(web: Corpus
     path.write_text("done: true\nmath: [hidden0.org]\n")
     with pytest.raises(StepError, match="round 2 examples.*another configuration.*annotations.math"):
         rounds.run_rounds(web, shards(web.run.out / "dedup"), web.run.out)
+
+
+@pytest.mark.parametrize(
+    ("other", "said"),
+    [
+        ({"rounds": {"budget_tokens": (80 * 191,)}}, "round 1 cut.*budget_tokens was 15200 and is 15280"),
+        ({"domains": {"share": 0.9}}, "round 1 prefixes.*share was 0.1 and is 0.9"),
+        ({"domains": {"min_pages": 50}}, "round 1 prefixes.*min_pages was 10 and is 50"),
+    ],
+)
+def test_a_round_belongs_to_its_configuration(web: CorpusConfig, other: dict, said: str) -> None:
+    """Runs after the tests above."""
+    changed = {section: replace(getattr(web, section), **values) for section, values in other.items()}
+    cut = (web.run.out / "round-1" / "cut" / "cut.json").read_bytes()
+    with pytest.raises(StepError, match=said):
+        rounds.run_rounds(replace(web, **changed), shards(web.run.out / "dedup"), web.run.out)
+    assert (web.run.out / "round-1" / "cut" / "cut.json").read_bytes() == cut
+
+
+def test_a_budget_that_holds_all_pages_chooses_none(web: CorpusConfig) -> None:
+    """Runs after the tests above."""
+    large = replace(web, rounds=replace(web.rounds, budget_tokens=(10**9,)))
+    with pytest.raises(ValueError, match=r"rounds.budget_tokens: 1,000,000,000 hold all \d+,\d+ tokens.* lower it"):
+        rounds.run_rounds(large, shards(web.run.out / "dedup"), web.run.out)
 
 
 def test_samples_are_of_the_domain_and_most_were_not_collected(web: CorpusConfig) -> None:

@@ -96,7 +96,9 @@ def test_budgets_that_cannot_be_met(tmp_path: Path) -> None:
         cut(write(tmp_path / "c", [ScoreRow(1, 4, -math.inf)]), 9)
 
 
-def test_a_broken_shard_is_named(tmp_path: Path) -> None:
+def test_a_shard_that_is_broken_or_gone_is_named(tmp_path: Path) -> None:
     (tmp_path / "00000.parquet").write_bytes(b"PAR1 not")
     with pytest.raises(ValueError, match="00000.parquet cannot be read"):
         cut([tmp_path / "00000.parquet"], 9)
+    with pytest.raises(ValueError, match="00001.parquet cannot be read .*run the step again"):
+        cut([tmp_path / "00001.parquet"], 9)

@@ -72,6 +72,14 @@ def test_every_step_explains_every_key_and_leads_somewhere(step, capsys: pytest.
             "dsm-train corpus run: rounds.seeds is needed by the step rounds: add rounds.seeds=",
         ),
         (
+            "run extract.inputs=a.warc rounds.seeds=nowhere tokenizer.path=x decontaminate.benchmarks=b.jsonl",
+            "dsm-train corpus run: rounds.seeds: there is no file or folder 'nowhere': correct the path",
+        ),
+        (
+            "rounds rounds.seeds=. domains.rules=rules.yml",
+            "dsm-train corpus rounds: domains.rules: there is no file or folder 'rules.yml': correct the path",
+        ),
+        (
             "dedup run.out=OUT",
             "dsm-train corpus dedup: no folder of pages at 'OUT/extract': run the step that writes it",
         ),
@@ -106,7 +114,10 @@ def test_what_the_file_system_refuses_is_one_line(tmp_path: Path, capsys: pytest
     write_extracted(tmp_path)
     (tmp_path / "dedup").write_text("a file where a folder belongs")
     assert corpus(f"dedup run.out={tmp_path} engine.workers=1") == 2
-    assert capsys.readouterr().err == f"dsm-train corpus dedup: {tmp_path}/dedup: File exists\n"
+    assert (
+        capsys.readouterr().err
+        == f"dsm-train corpus dedup: {tmp_path}/dedup: File exists: give a path that can be used\n"
+    )
 
 
 def test_a_shard_cut_short_is_named_and_the_others_are_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

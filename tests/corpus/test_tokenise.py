@@ -5,31 +5,17 @@ from __future__ import annotations
 import hashlib
 import json
 import random
-from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
+from drawn import drawn_documents
 
 from dsm_train.corpus.config import CorpusConfig, CorpusRun, EngineConfig, TokenizerConfig
 from dsm_train.corpus.engine import StepError
 from dsm_train.corpus.page import Page, shards, write_pages
 from dsm_train.corpus.tokenise import run, to_dataset
 from dsm_train.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
-
-LENGTH = 32
-
-
-@dataclass(frozen=True)
-class EndOfDocument:
-    """What Megatron's datasets ask of a tokenizer."""
-
-    eod: int
-    vocab_size: int
-    unique_identifiers: dict[str, str]
-    pad: int = -1
 
 
 def texts(count: int, seed: int) -> list[str]:
@@ -89,45 +75,11 @@ def test_documents_are_the_pages_in_order_each_with_its_end(dataset: Path) -> No
 
 
 def test_megatron_draws_samples_that_decode_to_the_pages(dataset: Path) -> None:
-    """An epoch of GPTDataset is all documents, in another order, cut into pieces of the same length."""
-    from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
-    from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
-
-    import dsm_train.megatron  # noqa: F401 (adapts megatron-core to the CPU)
-
     tokenizer = tokenizer_of(dataset)
-    config = GPTDatasetConfig(
-        random_seed=1,
-        sequence_length=LENGTH,
-        blend=([str(dataset / "corpus")], None),
-        split="100,0,0",
-        tokenizer=EndOfDocument(tokenizer.eos_id, tokenizer.vocab_size, {"class": "test"}),  # type: ignore[arg-type]
-        reset_position_ids=False,
-        reset_attention_mask=False,
-        eod_mask_loss=False,
-        path_to_cache=str(dataset.parent / "cache"),
-    )
-    whole: Any = [None, 0, 0]  # an epoch for training, nothing held out
-    drawn: Any = BlendedMegatronDatasetBuilder(GPTDataset, whole, lambda: True, config).build()[0]
-    pieces = {int(drawn.shuffle_index[i]): drawn[i] for i in range(len(drawn))}
-    stream = [token for place in sorted(pieces) for token in pieces[place]["tokens"].tolist()]
-    stream.append(int(pieces[max(pieces)]["labels"][-1]))
-    read = [tokenizer.decode(ids) for ids in split(stream, tokenizer.eos_id)]
-    assert len(drawn) >= 60 and len(read) >= 65  # what is left of the last piece is not drawn
+    read = [tokenizer.decode(ids) for ids in drawn_documents(dataset, tokenizer, 32)]
+    assert len(read) >= 65  # what is left of the last piece is not drawn
     assert set(read[:-1]) <= set(expected()) and len(set(read[:-1])) == len(read) - 1
     assert any(text.startswith(read[-1]) for text in expected())
-    for sample in pieces.values():
-        assert sample["tokens"].shape == (LENGTH,) and sample["labels"][:-1].equal(sample["tokens"][1:])
-
-
-def split(ids: Sequence[int], at: int) -> list[list[int]]:
-    parts: list[list[int]] = [[]]
-    for token in ids:
-        if token == at:
-            parts.append([])
-        else:
-            parts[-1].append(token)
-    return parts
 
 
 def test_the_manifest_accounts_for_everything(dataset: Path) -> None:
