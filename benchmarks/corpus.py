@@ -134,8 +134,7 @@ def html_pages(files: Sequence[Path], most: int) -> list[bytes]:
 class Meter:
     """Processor time of this process and of all its descendants, and the most memory that one of those held.
 
-    The engine's workers are children of a fork server, which lives on from step to step and has reaped those of a step
-    when the step ends; memory is looked at twenty times a second.
+    The workers' parent, a fork server, lives on and has reaped them when a step ends. Memory is looked at 20 times a second.
     """
 
     def __init__(self) -> None:
