@@ -134,7 +134,7 @@ def html_pages(files: Sequence[Path], most: int) -> list[bytes]:
 class Meter:
     """Processor time of this process and of all its descendants, and the most memory that one of those held.
 
-    The workers' parent, a fork server, lives on and has reaped them when a step ends. Memory is looked at 20 times a second.
+    The workers' parent, a fork server, lives on and has reaped them when a step ends. Memory is looked at every 50 ms.
     """
 
     def __init__(self) -> None:

@@ -51,9 +51,10 @@ def input_files(inputs: tuple[str, ...]) -> list[Path]:
     for name in inputs:
         path = Path(name)
         if path.is_dir():
-            found = [file for file in path.rglob("*") if file.name.endswith(SUFFIXES)]
+            named = path.rglob("*")
         else:
-            found = [path] if path.is_file() else [Path(match) for match in glob.glob(name, recursive=True)]
+            named = [path] if path.is_file() else map(Path, glob.glob(name, recursive=True))
+        found = [file for file in named if file.name.endswith(SUFFIXES)]
         if not found:
             raise ValueError(f"extract.inputs: {name!r} names no WARC or WET file ({', '.join(SUFFIXES)}): correct it")
         files.update(found)
@@ -67,7 +68,7 @@ class Extract:
     config: ExtractConfig
 
     def __call__(self, task: Task) -> Mapping[str, int]:
-        counts: Counter[str] = Counter()
+        counts: Counter[str] = Counter(records=0, pages=0)
         write_pages(task.output, (page for path in task.inputs for page in extract_file(path, self.config, counts)))
         return counts
 
