@@ -19,7 +19,6 @@ import math
 import os
 import random
 import re
-import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -242,7 +241,7 @@ def _fit(file: Path, config: ClassifierConfig, seed: int) -> Any:
                 bucket=config.bucket,
                 seed=seed,
                 thread=config.threads,
-                verbose=2 if sys.stderr.isatty() else 0,  # fastText's own progress line
+                verbose=0,
             )
     except RuntimeError as error:
         if "NaN" not in str(error):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
 import math
@@ -111,7 +112,7 @@ class Score:
 
     def __call__(self, task: Task) -> Mapping[str, int]:
         pages, model = task.inputs
-        scorer = Scorer.load(model, self.classifier, self.tokenizer)
+        scorer = _scorer(model, model.stat().st_mtime_ns, self.classifier, self.tokenizer)
         counts: Counter[str] = Counter(pages=0, tokens=0)
 
         def rows() -> Iterator[ScoreRow]:
@@ -123,6 +124,12 @@ class Score:
 
         write_scores(task.output, rows())
         return counts
+
+
+@functools.lru_cache(1)
+def _scorer(model: Path, changed: int, config: ClassifierConfig, tokenizer: TokenizerConfig) -> Scorer:
+    """Kept from one shard to the next of a worker: it remembers how texts are cut, which is most of the work."""
+    return Scorer.load(model, config, tokenizer)
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import random
 from collections.abc import Sequence
 from dataclasses import replace
@@ -12,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dsm_train.corpus import classifier, rounds
+from dsm_train.corpus import classifier, round_steps, rounds
 from dsm_train.corpus.annotate import Annotations
 from dsm_train.corpus.config import (
     ClassifierConfig,
@@ -140,6 +141,20 @@ def test_scores_hold_the_tokens_that_a_page_has_or_else_its_words(tmp_path: Path
     ((id_N, tokens_N, score_N),) = read_scores(task.output)
     assert id_N.tolist() == [10, 11, 12] and tokens_N.tolist() == [7, 2, 0]
     assert score_N[0] > score_N[1] > score_N[2] == -np.inf
+
+
+def test_a_worker_keeps_the_model_and_takes_the_next_one(tmp_path: Path) -> None:
+    """A scorer remembers pieces of text, 10 MB of them: one per shard would pile up."""
+    write_pages(tmp_path / "pages.jsonl", make_pages("x.org", MATH, 3))
+    model = classifier_model(tmp_path)
+    tasks = [Task(i, (tmp_path / "pages.jsonl", model), tmp_path / f"{i}.parquet") for i in range(3)]
+    before = round_steps._scorer.cache_info()
+    for task in tasks[:2]:
+        Score(WORDS, TokenizerConfig())(task)
+    os.utime(model, ns=(0, 0))  # another model under the same name
+    Score(WORDS, TokenizerConfig())(tasks[2])
+    after = round_steps._scorer.cache_info()
+    assert (after.hits - before.hits, after.misses - before.misses, after.currsize) == (1, 2, 1)
 
 
 def classifier_model(folder: Path) -> Path:
