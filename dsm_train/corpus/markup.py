@@ -109,6 +109,7 @@ class Markup:
         self._empty = 0
         self._asides = self._find_asides()
         self._aside: tuple[int, int, str] = (0, 0, "")
+        self._tag = (0, -1)  # how far tags were followed, and where the one open there begins
         openings = (match for opening in _OPENING for match in opening.finditer(source))
         self._openings = sorted(openings, key=re.Match.start, reverse=True)
 
@@ -180,10 +181,13 @@ class Markup:
         return position
 
     def _in_tag(self, position: int) -> bool:
-        """Whether a position is in a tag, as in the value of an attribute."""
-        start = max(self._copied, position - _LONGEST)
-        opened = self._source.rfind("<", start, position)
-        return opened > self._source.rfind(">", start, position) and self._source[opened + 1] not in " \n=0123456789"
+        """Whether a position, further on than that of the last call, is in a tag, as in the value of an attribute."""
+        start, opened = self._tag if self._tag[0] >= self._copied else (self._copied, -1)
+        opened = max(opened, self._source.rfind("<", start, position))
+        if opened <= self._source.rfind(">", start, position) or self._source[opened + 1] in " \n=0123456789":
+            opened = -1
+        self._tag = position, opened
+        return opened >= 0
 
     def _delimited(self, opening: str, start: int, end: int) -> int:
         """A formula between LaTeX's own delimiters, where they delimit one."""
