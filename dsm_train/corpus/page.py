@@ -230,5 +230,5 @@ def _read_parquet(file: IO[bytes]) -> Iterator[Page]:
 
     whole = parquet.ParquetFile(file)
     for group in range(whole.num_row_groups):
-        for batch in whole.iter_batches(_ROWS, [group]):
+        for batch in whole.iter_batches(_ROWS, [group], use_threads=False):  # workers are one per core
             yield from map(_from_json, batch.to_pylist())

@@ -140,13 +140,13 @@ from dsm_train.corpus.page import Page, read_pages, write_pages
 first, second = (Path(sys.argv[1]) / f"{i}{sys.argv[2]}" for i in (0, 1))
 pages = lambda count: (Page(f"{i:x}", "u", f"page {i * i} " * 300, "en", "") for i in range(count))
 peaks = []
-for count in (2_000, 12_000):
+for count in (10_000, 24_000):  # the first take what allocators keep
     write_pages(first, pages(count))
     assert write_pages(second, read_pages(first)) == count
     peaks.append(peak_kibibytes())
 print(peaks[1] - peaks[0])
 """
-    assert int(printed_by(code, tmp_path, suffix)) < 8_000  # of 40,000 KiB of text
+    assert int(printed_by(code, tmp_path, suffix)) < 8_000  # of 56,000 KiB more of text
 
 
 def test_long_pages_are_few_in_memory(tmp_path: Path) -> None:
