@@ -72,7 +72,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11,<3.13",
     packages=find_packages(include=["triton_kernels", "triton_kernels.*", "dsm_train", "dsm_train.*"]),
-    package_data={"dsm_train.corpus": ["demo.yaml"]},
+    package_data={"dsm_train.corpus.demo": ["demo.yaml"]},
     # torch's CUDA build brings its own Triton; the CPU build does not, and other systems have none.
     install_requires=["torch>=2.11", "numpy", 'triton>=3.6; platform_system == "Linux"'],
     extras_require=EXTRAS,

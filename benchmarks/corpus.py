@@ -1,6 +1,6 @@
 """`python -m benchmarks.corpus`: pages per second and core of each step of the corpus, and how cost grows with pages.
 
-Two measurements, on synthetic webs (dsm_train/corpus/synthetic_web.py) or on your own WARC files:
+Two measurements, on synthetic webs (dsm_train/corpus/demo/synthetic_web.py) or on your own WARC files:
 
 - extraction: `html_to_text`, with mathematics, charset and language, beside resiliparse's plain extraction of the same
   pages, page by page in turns, in one process on one core;
@@ -30,13 +30,16 @@ from fastwarc.warc import ArchiveIterator, WarcRecordType
 from resiliparse.extract.html2text import extract_plain_text
 from resiliparse.parse.encoding import bytes_to_str, detect_encoding
 
-from dsm_train.corpus import decontaminate, dedup, extract, rounds, tokenise
+from dsm_train.corpus import tokenise
+from dsm_train.corpus.cleaning import decontaminate, dedup
 from dsm_train.corpus.config import CorpusConfig
-from dsm_train.corpus.engine import finished_shards
-from dsm_train.corpus.html import html_to_text
-from dsm_train.corpus.page import Page, read_pages, write_pages
-from dsm_train.corpus.progress import duration
-from dsm_train.corpus.synthetic_web import Truth, make
+from dsm_train.corpus.demo.synthetic_web import Truth, make
+from dsm_train.corpus.engine.engine import finished_shards
+from dsm_train.corpus.engine.page import Page, read_pages, write_pages
+from dsm_train.corpus.engine.progress import duration
+from dsm_train.corpus.mining import rounds
+from dsm_train.corpus.text import extract
+from dsm_train.corpus.text.html import html_to_text
 from dsm_train.data.tokenizer import train_tokenizer
 
 _PACKAGES = ("datatrove", "FastWARC", "Resiliparse", "fasttext-numpy2", "tokenizers", "numpy", "pyarrow")

@@ -35,33 +35,40 @@ class Stage:
 
 def stage(name: str) -> Stage:
     """The stage of this name; imports what it needs and no more."""
-    from dsm_train import stages
+    from dsm_train import configs
 
     if name == "grpo":
         from dsm_train.train import train_grpo
 
-        return Stage(stages.GrpoConfig, train_grpo, "GRPO: sample groups of responses, score them, update the policy.")
+        return Stage(configs.GrpoConfig, train_grpo, "GRPO: sample groups of responses, score them, update the policy.")
     if name == "sft":
-        from dsm_train.sft import train_sft
+        from dsm_train.stages.sft import train_sft
 
-        return Stage(stages.SftConfig, train_sft, "Supervised fine-tuning on worked solutions.")
+        return Stage(configs.SftConfig, train_sft, "Supervised fine-tuning on worked solutions.")
     if name == "verify-step":
-        from dsm_train.verify import verify_step
+        from dsm_train.verify.step import verify_step
 
-        return Stage(stages.VerifyStepConfig, verify_step, "Compare an optimizer step here with the same on one rank.")
-    from dsm_train.eval.stage import evaluate, generate
+        return Stage(configs.VerifyStepConfig, verify_step, "Compare an optimizer step here with the same on one rank.")
+    from dsm_train.stages.evaluate import evaluate, generate
 
     if name == "eval":
-        return Stage(stages.EvaluateConfig, evaluate, "Greedy accuracy and pass@k on held-out tasks.")
-    return Stage(stages.GenerateConfig, generate, "Sample responses to prompts.")
+        return Stage(configs.EvaluateConfig, evaluate, "Greedy accuracy and pass@k on held-out tasks.")
+    return Stage(configs.GenerateConfig, generate, "Sample responses to prompts.")
 
 
 def stage_configs() -> list[type]:
     """The configurations of all stages, which may share a recipe."""
-    from dsm_train import stages as s
+    from dsm_train import configs
     from dsm_train.corpus.config import CorpusConfig
 
-    return [s.SftConfig, s.GrpoConfig, s.EvaluateConfig, s.GenerateConfig, s.VerifyStepConfig, CorpusConfig]
+    return [
+        configs.SftConfig,
+        configs.GrpoConfig,
+        configs.EvaluateConfig,
+        configs.GenerateConfig,
+        configs.VerifyStepConfig,
+        CorpusConfig,
+    ]
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -10,8 +10,8 @@ from typing import cast
 
 import torch
 
-from dsm_train.load import Load, cut_evenly
 from dsm_train.megatron.parallel import Parallel
+from dsm_train.packing.cost import Load, cut_evenly
 from dsm_train.types import Sequences
 from dsm_train.update import Rows
 

@@ -12,20 +12,20 @@ import torch
 
 from dsm_train.cli import to_yaml, user_errors
 from dsm_train.config import OptimConfig, ParallelConfig, SamplingConfig
+from dsm_train.configs import StageConfig
 from dsm_train.data import Task, Tokenizer
 from dsm_train.data.source import Tasks, load_tasks, make_tokenizer, solved
 from dsm_train.eval.evaluate import Evaluator
-from dsm_train.load import Load, estimated_cost
 from dsm_train.megatron import parallel, platform, weights
 from dsm_train.megatron.flash import core_attention
 from dsm_train.megatron.model import HiddenGPTModel, build_model, padded_vocab, uses_transformer_engine
 from dsm_train.megatron.parallel import Parallel
 from dsm_train.megatron.step import Model, TrainableModel, adam_implementation
-from dsm_train.metrics import Metrics, Progress, Samples, prepare_output
-from dsm_train.packing import MicroBatch, pack, repeat_prompts
-from dsm_train.report import startup_table
+from dsm_train.packing.cost import Load, estimated_cost
+from dsm_train.packing.microbatch import MicroBatch, pack, repeat_prompts
+from dsm_train.reporting.metrics import Metrics, Progress, Samples, prepare_output
+from dsm_train.reporting.report import startup_table
 from dsm_train.rollout.embedded import EmbeddedEngine
-from dsm_train.stages import StageConfig
 from dsm_train.types import Sequences
 from triton_kernels import implementations
 

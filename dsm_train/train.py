@@ -4,18 +4,18 @@ from __future__ import annotations
 
 from dsm_train.balance import balance
 from dsm_train.cli import user_errors
+from dsm_train.configs import GrpoConfig
 from dsm_train.explore import explore, score_rollouts
 from dsm_train.grpo import Algorithm, algorithm, token_rows
 from dsm_train.megatron.step import TrainableModel
 from dsm_train.megatron.weights import copy_weights
-from dsm_train.metrics import Stopwatch
-from dsm_train.packing import sequence_lengths
-from dsm_train.report import Report, learning_curve, write_report
+from dsm_train.packing.microbatch import sequence_lengths
+from dsm_train.reporting.metrics import Stopwatch
+from dsm_train.reporting.report import Report, learning_curve, write_report
 from dsm_train.rollout.record import check_writable, write_rollouts
 from dsm_train.rollout.score import read_samples, rollout_metrics
 from dsm_train.run import Run, check_batch, start
-from dsm_train.sft import supervise
-from dsm_train.stages import GrpoConfig
+from dsm_train.stages.sft import supervise
 from dsm_train.types import Rollouts
 from dsm_train.update import StepResult, optimizer_step, policy_loss, step_metrics
 

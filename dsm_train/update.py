@@ -15,7 +15,7 @@ from torch import Tensor
 
 from dsm_train.megatron.parallel import Parallel
 from dsm_train.megatron.step import Head, Loss, TrainableModel
-from dsm_train.packing import MicroBatch
+from dsm_train.packing.microbatch import MicroBatch
 from triton_kernels import LinearGrpoLoss, LossOutput, LossStats, Objective, linear_grpo_loss, linear_logprob
 
 

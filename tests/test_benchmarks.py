@@ -28,7 +28,7 @@ from benchmarks.compare import Contender, Op, Row, Run, benchmark
 from benchmarks.contenders import CONTRACT
 from benchmarks.measure import Progress, interleaved, named_peak, peak_bytes, ratio, relative
 from benchmarks.problem import Problem, Shape, exact_logprobs, exact_loss, make_problem, ragged
-from triton_kernels.grpo_loss import objective_arguments, policy_loss
+from triton_kernels.policy.grpo_loss import objective_arguments, policy_loss
 
 SHAPE = Shape(40, 8, 65)
 CPU = torch.device("cpu")

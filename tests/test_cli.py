@@ -281,13 +281,14 @@ def test_help_teaches_every_field_at_80_columns(monkeypatch: pytest.MonkeyPatch,
 
 def test_import_is_light():
     # --help and a misspelt key must answer at once, not after torch is loaded
-    code = "import sys, dsm_train.cli, dsm_train.metrics; sys.exit(bool({'torch', 'megatron'} & set(sys.modules)))"
+    code = "import sys, dsm_train.cli, dsm_train.reporting.metrics; "
+    code += "sys.exit(bool({'torch', 'megatron'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
 def test_a_recipe_serves_several_stages(tmp_path: Path) -> None:
     # GRPO's recipe starts an evaluation: what only GRPO has is passed over, and a slip is still a slip
-    from dsm_train.stages import EvaluateConfig, GrpoConfig
+    from dsm_train.configs import EvaluateConfig, GrpoConfig
 
     recipe = tmp_path / "grpo.yaml"
     recipe.write_text("steps: 3\nwarmup: {steps: 1, optim: {lr: 1e-3}}\nsampling: {max_new_tokens: 7}\n")

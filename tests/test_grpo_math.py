@@ -14,7 +14,7 @@ import torch
 from dsm_train.config import AlgorithmConfig
 from dsm_train.grpo import PRESETS, Algorithm, algorithm, token_rows, token_weights
 from dsm_train.megatron.parallel import Parallel
-from dsm_train.packing import pack
+from dsm_train.packing.microbatch import pack
 from dsm_train.types import Rollouts, Sequences
 from dsm_train.update import Rows
 from triton_kernels import Objective, group_advantage

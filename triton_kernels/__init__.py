@@ -2,17 +2,17 @@
 
 from triton_kernels._common import LossOutput, LossStats
 from triton_kernels._register import implementations, load_cpp
-from triton_kernels.group_advantage import group_advantage
-from triton_kernels.group_grpo_loss import group_grpo_loss
-from triton_kernels.grpo_loss import grpo_loss
-from triton_kernels.linear_grpo_loss import LinearGrpoLoss, linear_grpo_loss
-from triton_kernels.linear_kl import linear_kl
-from triton_kernels.linear_logprob import LinearLogprob, linear_logprob
-from triton_kernels.objective import Objective
-from triton_kernels.packed_attention import packed_attention
-from triton_kernels.packed_layout import PackedLayout
-from triton_kernels.process_advantage import process_advantage
-from triton_kernels.token_kl import token_kl
+from triton_kernels.attention.packed_attention import packed_attention
+from triton_kernels.attention.packed_layout import PackedLayout
+from triton_kernels.head.linear_grpo_loss import LinearGrpoLoss, linear_grpo_loss
+from triton_kernels.head.linear_kl import linear_kl
+from triton_kernels.head.linear_logprob import LinearLogprob, linear_logprob
+from triton_kernels.policy.group_advantage import group_advantage
+from triton_kernels.policy.group_grpo_loss import group_grpo_loss
+from triton_kernels.policy.grpo_loss import grpo_loss
+from triton_kernels.policy.objective import Objective
+from triton_kernels.policy.process_advantage import process_advantage
+from triton_kernels.policy.token_kl import token_kl
 
 load_cpp()
 

@@ -97,8 +97,8 @@ class Row:
 
 def modules() -> list[ModuleType]:
     """Every Python module of this package."""
-    names = (module.name for module in pkgutil.iter_modules(triton_kernels.__path__))
-    return [importlib.import_module(f"triton_kernels.{name}") for name in names if name != "_C"]
+    found = pkgutil.walk_packages(triton_kernels.__path__, "triton_kernels.")
+    return [importlib.import_module(module.name) for module in found if module.name != "triton_kernels._C"]
 
 
 def collect(modules: Iterable[ModuleType]) -> dict[str, list[Shipped]]:

@@ -34,22 +34,27 @@ class Step:
 STEPS = (
     Step(
         "demo",
-        "demo",
+        "demo.demo",
         "run",
         "Make a small synthetic web with known truth, run all steps on it, and show what was found.",
-        recipe=Path(__file__).with_name("demo.yaml"),
+        recipe=Path(__file__).parent / "demo" / "demo.yaml",
     ),
     Step(
         "extract",
-        "extract",
+        "text.extract",
         "run",
         "WARC and WET files (extract.inputs) to pages of text with mathematics as LaTeX.",
         ("extract.inputs",),
     ),
-    Step("dedup", "dedup", "run", "Keep one page of each URL, of each text, and of each group of near-duplicates."),
+    Step(
+        "dedup",
+        "cleaning.dedup",
+        "run",
+        "Keep one page of each URL, of each text, and of each group of near-duplicates.",
+    ),
     Step(
         "classify",
-        "rounds",
+        "mining.rounds",
         "classify",
         "Train the classifier of round 1 and score every page; no page is collected.",
         ("rounds.seeds",),
@@ -57,16 +62,18 @@ STEPS = (
     ),
     Step(
         "rounds",
-        "rounds",
+        "mining.rounds",
         "run",
         "Rounds of: train, score, collect the best pages up to a budget, find domains, annotate.",
         ("rounds.seeds",),
         ("rounds.seeds", "tokenizer.path", "domains.rules", "domains.annotations"),
     ),
-    Step("annotate", "annotate", "run", "Write the page on which a person marks the URLs of mathematical domains."),
+    Step(
+        "annotate", "mining.annotate", "run", "Write the page on which a person marks the URLs of mathematical domains."
+    ),
     Step(
         "decontaminate",
-        "decontaminate",
+        "cleaning.decontaminate",
         "run",
         "Remove what matches the questions and answers of benchmarks.",
         ("decontaminate.benchmarks",),
@@ -148,8 +155,8 @@ def _check(steps: Sequence[Step], config: Any) -> None:
 
 def _show(step: Step, report: Any) -> None:
     """Print the counts of a step that reports them."""
-    from dsm_train.corpus.engine import Report
-    from dsm_train.corpus.progress import duration
+    from dsm_train.corpus.engine.engine import Report
+    from dsm_train.corpus.engine.progress import duration
 
     if isinstance(report, Report):
         counts = ", ".join(f"{name} {count:,}" for name, count in report.counts.items())

@@ -15,8 +15,8 @@ import numpy as np
 
 from dsm_train.config import require
 from dsm_train.corpus.config import CorpusConfig, EngineConfig, TokenizerConfig
-from dsm_train.corpus.engine import Report, Task, claim, finished_shards, read_report, run_step, write_json
-from dsm_train.corpus.page import read_pages, replacing
+from dsm_train.corpus.engine.engine import Report, Task, claim, finished_shards, read_report, run_step, write_json
+from dsm_train.corpus.engine.page import read_pages, replacing
 from dsm_train.data.tokenizer import Tokenizer, load_tokenizer
 
 NAME = "corpus"

@@ -27,7 +27,7 @@ from dsm_train.megatron.flash import FlashAttend
 from dsm_train.megatron.layers import Attend, PackedAttend
 from dsm_train.megatron.model import HiddenGPTModel, forward_hidden, local_length, whole_sequence
 from dsm_train.megatron.parallel import Parallel
-from dsm_train.packing import MicroBatch
+from dsm_train.packing.microbatch import MicroBatch
 from triton_kernels import LossOutput, linear_logprob
 
 

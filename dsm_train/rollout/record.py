@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from dsm_train.megatron.parallel import Parallel
-from dsm_train.metrics import prepare_output
+from dsm_train.reporting.metrics import prepare_output
 from dsm_train.types import Rollouts, Sequences, offsets
 
 FORMAT_VERSION = "1"

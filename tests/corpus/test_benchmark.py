@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.corpus import StepRow, compare_extraction, html_pages, main, with_growth
-from dsm_train.corpus.synthetic_web import make
+from dsm_train.corpus.demo.synthetic_web import make
 
 STEPS = ["extract", "dedup url, exact", "dedup near", "round", "decontaminate", "tokenise"]
 

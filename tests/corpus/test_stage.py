@@ -17,7 +17,7 @@ import pytest
 from dsm_train.__main__ import main
 from dsm_train.cli import load_config
 from dsm_train.corpus.config import CorpusConfig
-from dsm_train.corpus.page import Page, read_pages, shards, write_pages
+from dsm_train.corpus.engine.page import Page, read_pages, shards, write_pages
 from dsm_train.corpus.stage import RUN, STEPS
 
 RECIPE = """

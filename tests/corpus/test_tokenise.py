@@ -12,8 +12,8 @@ import pytest
 from drawn import drawn_documents
 
 from dsm_train.corpus.config import CorpusConfig, CorpusRun, EngineConfig, TokenizerConfig
-from dsm_train.corpus.engine import StepError
-from dsm_train.corpus.page import Page, shards, write_pages
+from dsm_train.corpus.engine.engine import StepError
+from dsm_train.corpus.engine.page import Page, shards, write_pages
 from dsm_train.corpus.tokenise import run, to_dataset
 from dsm_train.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 

@@ -17,8 +17,8 @@ import torch.distributed as dist
 from dsm_train.balance import balance
 from dsm_train.config import ParallelConfig
 from dsm_train.grpo import PRESETS, token_rows
-from dsm_train.load import estimated_cost
 from dsm_train.megatron import parallel
+from dsm_train.packing.cost import estimated_cost
 from dsm_train.types import Rollouts, Sequences
 from dsm_train.update import Rows
 

@@ -18,7 +18,7 @@ from dsm_train.grpo import token_weights
 from dsm_train.megatron import parallel, weights
 from dsm_train.megatron.parallel import Parallel
 from dsm_train.megatron.step import TrainableModel
-from dsm_train.packing import MicroBatch, pack, repeat_prompts
+from dsm_train.packing.microbatch import MicroBatch, pack, repeat_prompts
 from dsm_train.rollout.embedded import EmbeddedEngine
 from dsm_train.types import Prompt, Rollouts, Sequences
 from dsm_train.update import optimizer_step, supervised_loss

@@ -17,19 +17,19 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from dsm_train.comparison import TOLERANCES, Step, compare
 from dsm_train.config import AlgorithmConfig, ModelConfig, OptimConfig, ParallelConfig, RunConfig, SamplingConfig
+from dsm_train.configs import VerifyStepConfig
 from dsm_train.data.source import Tasks
 from dsm_train.data.tokenizer import train_tokenizer
 from dsm_train.grpo import algorithm
 from dsm_train.megatron import parallel, weights
 from dsm_train.megatron.step import Head, Loss, TrainableModel
-from dsm_train.packing import MicroBatch
-from dsm_train.rollout.synthetic import offset_logprobs, synthetic_rollouts
+from dsm_train.packing.microbatch import MicroBatch
 from dsm_train.run import Prepared
-from dsm_train.stages import VerifyStepConfig
 from dsm_train.types import Rollouts
-from dsm_train.verify import Job, replay
+from dsm_train.verify.comparison import TOLERANCES, Step, compare
+from dsm_train.verify.step import Job, replay
+from dsm_train.verify.synthetic import offset_logprobs, synthetic_rollouts
 from triton_kernels import LossOutput
 
 # Not tests/tiny.py's: importing it takes longer than all that is done here.

@@ -9,14 +9,14 @@ import pytest
 import torch
 from commands import GRPO, WARMUP, refused, run, torchrun, write_sevens
 
-from dsm_train import comparison
-from dsm_train.comparison import TOLERANCES, Tolerance
 from dsm_train.config import RunConfig
+from dsm_train.configs import VerifyStepConfig
 from dsm_train.megatron.parallel import Parallel
 from dsm_train.rollout.record import read_rollouts, write_rollouts
-from dsm_train.rollout.synthetic import offset_logprobs, synthetic_rollouts
-from dsm_train.stages import VerifyStepConfig
-from dsm_train.verify import plan, shuffled
+from dsm_train.verify import comparison
+from dsm_train.verify.comparison import TOLERANCES, Tolerance
+from dsm_train.verify.step import plan, shuffled
+from dsm_train.verify.synthetic import offset_logprobs, synthetic_rollouts
 
 BATCH = (
     *(argument for argument in GRPO if not argument.startswith(("steps", "algorithm.p", "algorithm.g"))),

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from triton_kernels import Objective
-from triton_kernels.grpo_loss import grpo_loss_reference, objective_arguments, policy_loss
+from triton_kernels.policy.grpo_loss import grpo_loss_reference, objective_arguments, policy_loss
 
 RTOL = 1e-5
 

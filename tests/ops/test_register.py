@@ -19,7 +19,7 @@ import sys
 sys.modules["triton"] = sys.modules["triton_kernels._C"] = None
 import torch
 from triton_kernels import implementations, token_kl
-from triton_kernels.token_kl import token_kl_kernel
+from triton_kernels.policy.token_kl import token_kl_kernel
 served = {op: implementations()[op] for op in %r}
 assert all(by == {"cpu": "PyTorch reference", "cuda": "PyTorch reference"} for by in served.values()), served
 assert token_kl(torch.tensor([-1.0]), torch.tensor([-3.0]), "k1").tolist() == [2.0]

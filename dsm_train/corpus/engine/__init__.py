@@ -1,0 +1,1 @@
+"""Steps over shards of pages that resume after a kill."""

@@ -1,0 +1,1 @@
+"""Rounds of ranking pages with fastText and annotating domains."""

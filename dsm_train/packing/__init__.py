@@ -1,0 +1,1 @@
+"""Responses to packed micro-batches of even cost."""

@@ -1,0 +1,1 @@
+"""The same optimizer step in two layouts, compared."""

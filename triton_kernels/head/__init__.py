@@ -1,0 +1,1 @@
+"""From hidden states and the output head to log-probabilities, losses and gradients."""

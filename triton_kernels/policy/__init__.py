@@ -1,0 +1,1 @@
+"""Advantages, KL and the clipped objective on log-probabilities."""

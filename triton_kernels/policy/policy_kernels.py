@@ -1,0 +1,250 @@
+"""The Triton side of the policy loss, shared by `grpo_loss` and `group_grpo_loss`: one program per response.
+
+T loss rows, S responses, N = 11 partial results of each response: the loss, then `LossStats` in its order.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from triton_kernels._common import MAXIMA, MINIMA, SUMS
+from triton_kernels._register import Shipped
+from triton_kernels._triton import LAUNCH_OPTIONS, tl, triton
+from triton_kernels.policy.objective import LOG_RATIO_LIMIT
+from triton_kernels.policy.token_kl import clamp, kl_and_slope
+
+ObjectiveArguments = tuple[float, float, float, str, str, str, float | None, float | None]
+"""clip_low, clip_high, kl_coef, kl, ratio, surrogate, dual_clip, delta."""
+
+NUM_STATS = len(SUMS) + len(MAXIMA) + len(MINIMA)
+BLOCK_T = 512
+_BLOCK_S = 1024
+_LIMIT = tl.constexpr(LOG_RATIO_LIMIT)
+
+
+@triton.jit
+def surrogate_and_slope(
+    log_ratio, ratio, advantage, logprob, ratio_low, ratio_high, dual_clip, delta, SURROGATE: tl.constexpr
+):
+    """The surrogate of each row and its derivative by the log ratio; for cispo by the log-probability."""
+    clipped = clamp(ratio, ratio_low, ratio_high)
+    if SURROGATE == "cispo":
+        return clipped * advantage * logprob, clipped * advantage
+    else:
+        unclipped = tl.where(ratio > delta, delta, ratio) * advantage
+        inside = (tl.abs(log_ratio) <= _LIMIT) & (ratio <= delta)
+        active = unclipped <= clipped * advantage
+        surrogate = tl.where(active, unclipped, clipped * advantage)
+        slope = tl.where(active & inside, ratio * advantage, 0.0)
+        # Not inf * 0 where dual_clip is off and the advantage is 0.
+        floor = dual_clip * tl.where(advantage < 0, advantage, -1.0)
+        floored = (advantage < 0) & (surrogate < floor)
+        return tl.where(floored, floor, surrogate), tl.where(floored, 0.0, slope)
+
+
+@triton.jit
+def load_row(logprob_ptr, old_ptr, weight_ptr, t, end):
+    """(weight, present, log-probability, log ratio) of rows t: what an absent row holds is never read."""
+    weight = tl.load(weight_ptr + t, t < end, other=0.0).to(tl.float32)
+    present = weight != 0
+    logprob = tl.load(logprob_ptr + t, present, other=0.0).to(tl.float32)
+    # On-policy the difference is 0, or NaN, which must stay visible.
+    old = logprob
+    if old_ptr is not None:
+        old = tl.load(old_ptr + t, present, other=0.0).to(tl.float32)
+    return weight, present, logprob, logprob - old
+
+
+@triton.jit
+def load_advantage(advantage_ptr, advantage, t, present):
+    """Per row, or the response's scalar `advantage` where `advantage_ptr` is None."""
+    if advantage_ptr is not None:
+        return tl.load(advantage_ptr + t, present, other=0.0).to(tl.float32)
+    else:
+        return tl.where(present, advantage, 0.0)
+
+
+@triton.jit
+def sequence_statistics(
+    logprob_ptr, old_ptr, advantage_ptr, advantage, weight_ptr, begin, end,
+    ratio_low, ratio_high, dual_clip, delta, SURROGATE: tl.constexpr, BLOCK_T: tl.constexpr,
+):  # fmt: skip
+    """The mean log ratio of a response's present rows, and the slope that each of them has through it."""
+    tokens = tl.zeros([BLOCK_T], tl.float32)
+    log_ratios = tl.zeros([BLOCK_T], tl.float32)
+    for start in range(begin, end, BLOCK_T):
+        t = start + tl.arange(0, BLOCK_T)
+        _weight, present, _logprob, log_ratio = load_row(logprob_ptr, old_ptr, weight_ptr, t, end)
+        tokens += tl.where(present, 1.0, 0.0)
+        log_ratios += log_ratio
+    num_tokens = tl.maximum(tl.sum(tokens), 1.0)
+    mean = tl.sum(log_ratios) / num_tokens
+    slopes = tl.zeros([BLOCK_T], tl.float32)
+    if SURROGATE == "clip":
+        for start in range(begin, end, BLOCK_T):
+            t = start + tl.arange(0, BLOCK_T)
+            weight, present, logprob, _log_ratio = load_row(logprob_ptr, old_ptr, weight_ptr, t, end)
+            a = load_advantage(advantage_ptr, advantage, t, present)
+            log_ratio = tl.where(present, mean, 0.0)
+            ratio = tl.exp(clamp(log_ratio, -_LIMIT, _LIMIT))
+            _surrogate, slope = surrogate_and_slope(
+                log_ratio, ratio, a, logprob, ratio_low, ratio_high, dual_clip, delta, SURROGATE
+            )
+            slopes += weight * slope
+    return mean, tl.sum(slopes) / num_tokens
+
+
+@triton.jit
+def response_loss(
+    logprob_ptr, old_ptr, ref_ptr, advantage_ptr, advantage, weight_ptr, dlogprob_ptr, partial_ptr, s, S, begin, end,
+    ratio_low, ratio_high, kl_coef, dual_clip, delta,
+    KL: tl.constexpr, RATIO: tl.constexpr, SURROGATE: tl.constexpr, BLOCK_T: tl.constexpr,
+):  # fmt: skip
+    """Gradient of the rows begin..end of response s, and its column of partial_ptr: loss, then the statistics."""
+    mean, shared_slope = 0.0, 0.0
+    if RATIO == "sequence":
+        mean, shared_slope = sequence_statistics(
+            logprob_ptr, old_ptr, advantage_ptr, advantage, weight_ptr, begin, end,
+            ratio_low, ratio_high, dual_clip, delta, SURROGATE, BLOCK_T,
+        )  # fmt: skip
+    loss = tl.zeros([BLOCK_T], tl.float32)
+    tokens = tl.zeros([BLOCK_T], tl.float32)
+    weights = tl.zeros([BLOCK_T], tl.float32)
+    kls = tl.zeros([BLOCK_T], tl.float32)
+    log_ratios = tl.zeros([BLOCK_T], tl.float32)
+    ratios = tl.zeros([BLOCK_T], tl.float32)
+    lows = tl.zeros([BLOCK_T], tl.float32)
+    highs = tl.zeros([BLOCK_T], tl.float32)
+    largest = tl.full([BLOCK_T], float("-inf"), tl.float32)
+    smallest = tl.full([BLOCK_T], float("inf"), tl.float32)
+    for start in range(begin, end, BLOCK_T):
+        t = start + tl.arange(0, BLOCK_T)
+        weight, present, logprob, log_ratio = load_row(logprob_ptr, old_ptr, weight_ptr, t, end)
+        a = load_advantage(advantage_ptr, advantage, t, present)
+        log_ratios -= log_ratio
+        if RATIO == "sequence":
+            log_ratio = tl.where(present, mean, 0.0)
+        ratio = tl.exp(clamp(log_ratio, -_LIMIT, _LIMIT))
+        surrogate, slope = surrogate_and_slope(
+            log_ratio, ratio, a, logprob, ratio_low, ratio_high, dual_clip, delta, SURROGATE
+        )
+        dlogprob = -weight * slope
+        if RATIO == "sequence" and SURROGATE == "clip":
+            dlogprob = tl.where(present, -shared_slope, 0.0)
+        if ref_ptr is not None:
+            ref = tl.load(ref_ptr + t, present, other=0.0).to(tl.float32)
+            kl, kl_slope = kl_and_slope(logprob - ref, KL)
+            surrogate -= kl_coef * kl
+            dlogprob += weight * kl_coef * kl_slope
+            kls += kl
+        tl.store(dlogprob_ptr + t, dlogprob, t < end)
+        loss -= weight * surrogate
+        tokens += tl.where(present, 1.0, 0.0)
+        weights += weight
+        ratios += tl.where(present, ratio, 0.0)
+        lows += tl.where((ratio < ratio_low) & (a < 0), 1.0, 0.0)
+        highs += tl.where((ratio > ratio_high) & (a > 0), 1.0, 0.0)
+        largest = tl.maximum(largest, tl.where(present, ratio, float("-inf")))
+        smallest = tl.minimum(smallest, tl.where(present, ratio, float("inf")))
+    out = partial_ptr + s
+    tl.store(out, tl.sum(loss))
+    tl.store(out + S, tl.sum(tokens))
+    tl.store(out + 2 * S, tl.sum(weights))
+    tl.store(out + 3 * S, tl.sum(kls))
+    tl.store(out + 4 * S, tl.sum(log_ratios))
+    tl.store(out + 5 * S, tl.sum(ratios))
+    tl.store(out + 6 * S, tl.sum(lows))
+    tl.store(out + 7 * S, tl.sum(highs))
+    tl.store(out + 8 * S, 0.0)
+    tl.store(out + 9 * S, tl.max(largest))
+    tl.store(out + 10 * S, tl.min(smallest))
+
+
+@triton.jit
+def reduce_partials_kernel(partial_ptr, loss_ptr, stats_ptr, S, BLOCK_S: tl.constexpr):
+    """Program q reduces row q of partial [N, S] in a fixed order: 0 is the loss, 9 a maximum, 10 a minimum."""
+    q = tl.program_id(0).to(tl.int64)
+    total = tl.zeros([BLOCK_S], tl.float32)
+    largest = tl.full([BLOCK_S], float("-inf"), tl.float32)
+    smallest = tl.full([BLOCK_S], float("inf"), tl.float32)
+    for start in range(0, S, BLOCK_S):
+        s = start + tl.arange(0, BLOCK_S)
+        x = tl.load(partial_ptr + q * S + s, s < S, other=0.0)
+        total += x
+        largest = tl.maximum(largest, tl.where(s < S, x, float("-inf")))
+        smallest = tl.minimum(smallest, tl.where(s < S, x, float("inf")))
+    result = tl.where(q == 9, tl.max(largest), tl.where(q == 10, tl.min(smallest), tl.sum(total)))
+    tl.store(loss_ptr, result, q == 0)
+    tl.store(stats_ptr + q - 1, result, q > 0)
+
+
+def launch_policy_loss(
+    kernel: Any,
+    logprob_T: Tensor,
+    tensors: tuple[Tensor | None, ...],
+    response_cu: Tensor,
+    objective: ObjectiveArguments,
+    **constants: object,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Run `kernel`, one program per response, and reduce its partial results; `tensors` precede the offsets."""
+    clip_low, clip_high, kl_coef, kl, ratio, surrogate, dual_clip, delta = objective
+    contiguous = (None if x is None else x.contiguous() for x in (logprob_T, *tensors, response_cu))
+    S = response_cu.numel() - 1
+    dlogprob_T = logprob_T.new_empty(logprob_T.shape, dtype=torch.float32)
+    partial_NS = dlogprob_T.new_empty((1 + NUM_STATS, S))
+    # An infinite bound is off.
+    dual_clip, delta = (float("inf") if bound is None else bound for bound in (dual_clip, delta))
+    if S:
+        kernel[(S,)](
+            *contiguous, dlogprob_T, partial_NS, S,
+            1 - clip_low, 1 + clip_high, kl_coef, dual_clip, delta,
+            KL=kl, RATIO=ratio, SURROGATE=surrogate, BLOCK_T=BLOCK_T, **constants, **LAUNCH_OPTIONS,
+        )  # fmt: skip
+    loss, stats_N = reduce_partials(partial_NS)
+    return loss, dlogprob_T, stats_N
+
+
+def reduce_partials(partial_NS: Tensor) -> tuple[Tensor, Tensor]:
+    """(loss, stats_N) from their parts [1 + N, S]."""
+    loss, stats_N = partial_NS.new_empty(()), partial_NS.new_empty(NUM_STATS)
+    reduce_partials_kernel[(1 + NUM_STATS,)](
+        partial_NS, loss, stats_N, partial_NS.shape[1], BLOCK_S=_BLOCK_S, **LAUNCH_OPTIONS
+    )
+    return loss, stats_N
+
+
+def empty_loss(logprob_T: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Uninitialised (loss, dlogprob_T, stats_N)."""
+    dtype = torch.float64 if logprob_T.dtype == torch.float64 else torch.float32
+    shapes = ((), logprob_T.shape, (NUM_STATS,))
+    loss, dlogprob_T, stats_N = (logprob_T.new_empty(shape, dtype=dtype) for shape in shapes)
+    return loss, dlogprob_T, stats_N
+
+
+def shipped_policy_loss(kernel: Any, signature: dict[str, str], constants: dict[str, object]) -> list[Shipped]:
+    """`kernel` in every branch of the objective, with `signature` and `constants` for what is its own."""
+    pointers = ("logprob_ptr", "old_ptr", "ref_ptr", "weight_ptr", "dlogprob_ptr", "partial_ptr")
+    scalars = ("ratio_low", "ratio_high", "kl_coef", "dual_clip", "delta")
+    signature = (
+        {name: "*fp32" for name in pointers}
+        | {"response_cu_ptr": "*i32", "S": "i32"}
+        | {name: "fp32" for name in scalars}
+        | signature
+    )
+    branches = [
+        {"KL": "k3", "RATIO": "token", "SURROGATE": "clip"},
+        {"KL": "k3+", "RATIO": "sequence", "SURROGATE": "clip"},
+        {"KL": "k2", "RATIO": "sequence", "SURROGATE": "cispo"},
+        {"KL": "k1+", "RATIO": "token", "SURROGATE": "clip", "old_ptr": None},
+        {"KL": "k3", "RATIO": "sequence", "SURROGATE": "clip", "old_ptr": None, "ref_ptr": None},
+    ]
+    return [Shipped(kernel, signature, branch | constants | {"BLOCK_T": BLOCK_T}) for branch in branches]
+
+
+def shipped_reduction() -> Shipped:
+    """The kernel that ends every `launch_policy_loss`."""
+    signature = {"partial_ptr": "*fp32", "loss_ptr": "*fp32", "stats_ptr": "*fp32", "S": "i32"}
+    return Shipped(reduce_partials_kernel, signature, {"BLOCK_S": _BLOCK_S})
