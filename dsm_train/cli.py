@@ -108,7 +108,10 @@ def parse_section(cls: type[ConfigT], text: str, name: str) -> ConfigT:
             raise ValueError(f"{where}{item!r} is not key=value; keys are {', '.join(leaves)}")
         _check_key(key, leaves, where)
         values[key] = _parse(key, leaves[key].type, _Setting(value, where))
-    return _build(cls, values)
+    try:
+        return _build(cls, values)
+    except ValueError as error:
+        raise ValueError(f"{where}{error}") from error
 
 
 def to_yaml(config: Any) -> str:
@@ -339,7 +342,10 @@ def _words(kind: Any) -> str:
 
 
 def _build(cls: type[ConfigT], values: dict[str, Any], default: Any = MISSING, prefix: str = "") -> ConfigT:
-    """Make the dataclass, or change its default, from the values under `prefix`."""
+    """Make the dataclass, or change its default, from the values under `prefix`.
+
+    A component's ValueError begins with the bare field: the prefix makes it the key that the user wrote.
+    """
     types = get_type_hints(cls)
     arguments: dict[str, Any] = {}
     for field in fields(cls):  # type: ignore[arg-type]
@@ -350,4 +356,7 @@ def _build(cls: type[ConfigT], values: dict[str, Any], default: Any = MISSING, p
             arguments[field.name] = _build(types[field.name], values, inner, key + ".")
         elif key in values:
             arguments[field.name] = values[key]
-    return cls(**arguments) if default is MISSING else replace(default, **arguments)
+    try:
+        return cls(**arguments) if default is MISSING else replace(default, **arguments)
+    except ValueError as error:
+        raise ValueError(f"{prefix}{error}") from error

@@ -12,15 +12,19 @@ from typing import Literal
 
 
 def require(condition: bool, name: str, rule: str, value: object) -> None:
-    """Raise `ValueError` with the name, the rule and the value unless the condition holds."""
+    """Raise `ValueError` with the field's name, the rule and the value unless the condition holds.
+
+    Components name the bare field; the loader puts the section in front that the user wrote it under.
+    """
     if not condition:
         raise ValueError(f"{name} must be {rule}; got {value}")
 
 
-def _at_least(least: int, config: object, section: str, *names: str) -> None:
+def at_least(least: int, config: object, *names: str) -> None:
+    """Raise `ValueError` unless each of these fields is at least so much, or None."""
     for name in names:
         value = getattr(config, name)
-        require(value is None or value >= least, section + name, f"at least {least}", value)
+        require(value is None or value >= least, name, f"at least {least}", value)
 
 
 @dataclass(frozen=True)
@@ -63,21 +67,21 @@ class ModelConfig:
     """Recompute activations of every layer in the backward pass: less memory, a third more compute."""
 
     def __post_init__(self) -> None:
-        _at_least(1, self, "model.", "num_layers", "hidden_size", "num_heads", "num_kv_heads", "head_size")
-        _at_least(1, self, "model.", "ffn_size", "max_length", "vocab_multiple", "logits_mib")
+        at_least(1, self, "num_layers", "hidden_size", "num_heads", "num_kv_heads", "head_size")
+        at_least(1, self, "ffn_size", "max_length", "vocab_multiple", "logits_mib")
         require(
             self.num_heads % self.num_kv_heads == 0,
-            "model.num_heads",
-            f"a multiple of model.num_kv_heads = {self.num_kv_heads}",
+            "num_heads",
+            f"a multiple of num_kv_heads = {self.num_kv_heads}",
             self.num_heads,
         )
         require(
             self.head_size is not None or self.hidden_size % self.num_heads == 0,
-            "model.hidden_size",
-            f"a multiple of model.num_heads = {self.num_heads}, or model.head_size given",
+            "hidden_size",
+            f"a multiple of num_heads = {self.num_heads}, or head_size given",
             self.hidden_size,
         )
-        require(self.kv_channels % 2 == 0, "model.head_size", "even, for rotary embeddings", self.kv_channels)
+        require(self.kv_channels % 2 == 0, "head_size", "even, for rotary embeddings", self.kv_channels)
 
     @property
     def kv_channels(self) -> int:
@@ -107,10 +111,10 @@ class ParallelConfig:
     """A rank that keeps the others waiting longer ends the run, with a line that names it and what it was doing."""
 
     def __post_init__(self) -> None:
-        _at_least(1, self, "parallel.", "tp", "pp", "vpp")
-        require(self.timeout_minutes > 0, "parallel.timeout_minutes", "above 0", self.timeout_minutes)
-        require(self.vpp == 1 or self.pp > 1, "parallel.vpp", "1 when parallel.pp is 1", self.vpp)
-        require(not self.sp or self.tp > 1, "parallel.sp", "false when parallel.tp is 1", self.sp)
+        at_least(1, self, "tp", "pp", "vpp")
+        require(self.timeout_minutes > 0, "timeout_minutes", "above 0", self.timeout_minutes)
+        require(self.vpp == 1 or self.pp > 1, "vpp", "1 when pp is 1", self.vpp)
+        require(not self.sp or self.tp > 1, "sp", "false when tp is 1", self.sp)
 
 
 @dataclass(frozen=True)
@@ -141,69 +145,6 @@ class OptimConfig:
         require(0 <= self.min_lr <= self.lr, "min_lr", f"between 0 and lr = {self.lr}", self.min_lr)
         require(self.warmup_steps >= 0, "warmup_steps", "at least 0", self.warmup_steps)
         require(self.clip_grad >= 0, "clip_grad", "at least 0", self.clip_grad)
-
-
-@dataclass(frozen=True)
-class DataConfig:
-    """Where questions come from: the built-in generator, or JSONL files of questions and answers."""
-
-    path: Path | None = None
-    """JSONL file of training questions (GSM8K's format); none: the built-in generator."""
-    heldout_path: Path | None = None
-    """JSONL file of held-out questions; none: heldout_tasks of path, drawn by seed."""
-    prompt_template: str = "Question: {question}\nAnswer:"
-    """Prompt made from a question of a JSONL file."""
-    kinds: tuple[str, ...] = ("add",)
-    """Kinds of generated tasks: add, sub, mul, word."""
-    style: Literal["answer", "steps"] = "answer"
-    """Solutions of generated tasks: the answer alone, or worked steps."""
-    train_tasks: int | None = None
-    """Use this many training tasks; none: all there are."""
-    heldout_tasks: int = 500
-    """Tasks that are held out for evaluation."""
-    vocab_size: int = 320
-    """Vocabulary of the tokenizer that is trained at start, when tokenizer is not given."""
-    tokenizer: Path | None = None
-    """Tokenizer: a folder, or a tokenizer.json; none: one is trained at start on the training tasks."""
-    seed: int = 0
-    """Seed of the generator and of the split."""
-
-    def __post_init__(self) -> None:
-        require(self.heldout_tasks >= 1, "data.heldout_tasks", "at least 1", self.heldout_tasks)
-        require(
-            "{question}" in self.prompt_template,
-            "data.prompt_template",
-            "text with {question} in it",
-            repr(self.prompt_template),
-        )
-        require(
-            self.heldout_path is None or self.path is not None,
-            "data.heldout_path",
-            "given with data.path",
-            self.heldout_path,
-        )
-
-
-@dataclass(frozen=True)
-class SamplingConfig:
-    """How responses are sampled."""
-
-    temperature: float = 1.0
-    """Sampling temperature; the trainer's log-probabilities use the same. 0 is greedy (evaluation only)."""
-    top_p: float = 1.0
-    """Nucleus sampling: the smallest set of tokens with at least this probability."""
-    top_k: int = 0
-    """Sample among the k most likely tokens; 0: all."""
-    max_new_tokens: int = 512
-    """Longest response, in tokens."""
-    batch: int = 1024
-    """Responses that are decoded together on a rank (whole groups): bounds the memory of the cache."""
-
-    def __post_init__(self) -> None:
-        require(self.temperature >= 0, "temperature", "at least 0", self.temperature)
-        require(0 < self.top_p <= 1, "top_p", "above 0 and at most 1", self.top_p)
-        require(self.top_k >= 0, "top_k", "at least 0", self.top_k)
-        _at_least(1, self, "sampling.", "max_new_tokens", "batch")
 
 
 @dataclass(frozen=True)
@@ -242,16 +183,16 @@ class AlgorithmConfig:
     def __post_init__(self) -> None:
         require(
             self.group_size >= 2,
-            "algorithm.group_size",
+            "group_size",
             "at least 2: GRPO's baseline is the group's mean",
             self.group_size,
         )
-        _at_least(1, self, "algorithm.", "prompts_per_step", "minibatches", "epochs")
-        _at_least(0, self, "algorithm.", "reference_every")
+        at_least(1, self, "prompts_per_step", "minibatches", "epochs")
+        at_least(0, self, "reference_every")
         require(
             self.prompts_per_step % self.minibatches == 0,
-            "algorithm.prompts_per_step",
-            f"a multiple of algorithm.minibatches = {self.minibatches}",
+            "prompts_per_step",
+            f"a multiple of minibatches = {self.minibatches}",
             self.prompts_per_step,
         )
 
@@ -274,23 +215,7 @@ class RunConfig:
     """CPU threads per rank; 0: the machine's cores divided by the ranks on it."""
 
     def __post_init__(self) -> None:
-        require(self.max_tokens >= 1, "run.max_tokens", "at least 1", self.max_tokens)
-
-
-@dataclass(frozen=True)
-class EvalConfig:
-    """Evaluation on held-out tasks."""
-
-    every: int = 0
-    """Evaluate every so many steps (greedy accuracy); 0: only before and after."""
-    tasks: int | None = None
-    """Evaluate on this many held-out tasks during training; none: on all."""
-    samples: int = 0
-    """Samples per task for pass@k at the end; 0: greedy accuracy alone."""
-
-    def __post_init__(self) -> None:
-        _at_least(0, self, "eval.", "every", "samples")
-        _at_least(1, self, "eval.", "tasks")
+        require(self.max_tokens >= 1, "max_tokens", "at least 1", self.max_tokens)
 
 
 @dataclass(frozen=True)
@@ -309,5 +234,5 @@ class SftTraining:
     """Optimizer of supervised training."""
 
     def __post_init__(self) -> None:
-        _at_least(0, self, "supervised training: ", "steps")
-        _at_least(1, self, "supervised training: ", "batch", "examples")
+        at_least(0, self, "steps")
+        at_least(1, self, "batch", "examples")

@@ -5,19 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from dsm_train.config import (
-    AlgorithmConfig,
-    DataConfig,
-    EvalConfig,
-    ModelConfig,
-    OptimConfig,
-    ParallelConfig,
-    RunConfig,
-    SamplingConfig,
-    SftTraining,
-    require,
-)
-from dsm_train.rewards import RewardConfig
+from dsm_train.config import AlgorithmConfig, ModelConfig, OptimConfig, ParallelConfig, RunConfig, SftTraining, require
+from dsm_train.data.config import DataConfig
+from dsm_train.eval.config import EvalConfig
+from dsm_train.rewards.config import RewardConfig
+from dsm_train.rollout.config import SamplingConfig
 
 
 @dataclass(frozen=True)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from dsm_train.configs import GrpoConfig
-from dsm_train.data import Task
 from dsm_train.data.source import draw
+from dsm_train.data.tasks import Task
 from dsm_train.megatron.step import Model
 from dsm_train.rollout.engine import RolloutEngine
 from dsm_train.rollout.score import score, shuffle_rewards

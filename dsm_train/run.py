@@ -11,10 +11,11 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from dsm_train.cli import to_yaml, user_errors
-from dsm_train.config import OptimConfig, ParallelConfig, SamplingConfig
+from dsm_train.config import OptimConfig, ParallelConfig
 from dsm_train.configs import StageConfig
-from dsm_train.data import Task, Tokenizer
 from dsm_train.data.source import Tasks, load_tasks, make_tokenizer, solved
+from dsm_train.data.tasks import Task
+from dsm_train.data.tokenizer import Tokenizer
 from dsm_train.eval.evaluate import Evaluator
 from dsm_train.megatron import parallel, platform, weights
 from dsm_train.megatron.flash import core_attention
@@ -25,6 +26,7 @@ from dsm_train.packing.cost import Load, estimated_cost
 from dsm_train.packing.microbatch import MicroBatch, pack, repeat_prompts
 from dsm_train.reporting.metrics import Metrics, Progress, Samples, prepare_output
 from dsm_train.reporting.report import startup_table
+from dsm_train.rollout.config import SamplingConfig
 from dsm_train.rollout.embedded import EmbeddedEngine
 from dsm_train.types import Sequences
 from triton_kernels import implementations

@@ -30,7 +30,7 @@ class Rollout:
 
     def __post_init__(self) -> None:
         if self.group_size < 2:
-            raise ValueError(f"rollout.group_size must be at least 2, got {self.group_size}")
+            raise ValueError(f"group_size must be at least 2, got {self.group_size}")
 
 
 @dataclass(frozen=True)
@@ -159,7 +159,7 @@ def test_a_section_in_one_value():
         with pytest.raises(ValueError) as error:
             parse_section(Data, text, "reference")
         assert str(error.value) == message
-    with pytest.raises(ValueError, match=r"^rollout.group_size must be at least 2, got 1$"):
+    with pytest.raises(ValueError, match=r"^reference: group_size must be at least 2, got 1$"):
         parse_section(Rollout, "group_size=1", "reference")
 
 

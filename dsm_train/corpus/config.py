@@ -41,7 +41,7 @@ class SlurmConfig:
 
     def __post_init__(self) -> None:
         for name in ("tasks_per_job", "max_array"):
-            require(getattr(self, name) >= 1, f"engine.slurm.{name}", "at least 1", getattr(self, name))
+            require(getattr(self, name) >= 1, name, "at least 1", getattr(self, name))
 
 
 @dataclass(frozen=True)
@@ -60,12 +60,12 @@ class EngineConfig:
     """Slurm."""
 
     def __post_init__(self) -> None:
-        require(self.workers >= 0, "engine.workers", "at least 0", self.workers)
-        require(self.memory_gb >= 1, "engine.memory_gb", "at least 1", self.memory_gb)
+        require(self.workers >= 0, "workers", "at least 0", self.workers)
+        require(self.memory_gb >= 1, "memory_gb", "at least 1", self.memory_gb)
         require(
             self.executor != "slurm" or bool(self.slurm.partition),
-            "engine.slurm.partition",
-            "given with engine.executor=slurm (sinfo lists them)",
+            "slurm.partition",
+            "given with executor=slurm (sinfo lists them)",
             repr(self.slurm.partition),
         )
 
@@ -84,8 +84,8 @@ class ExtractConfig:
     """Larger records are dropped and counted; memory per worker grows with this."""
 
     def __post_init__(self) -> None:
-        require(self.min_chars >= 0, "extract.min_chars", "at least 0", self.min_chars)
-        require(self.max_html_mb >= 1, "extract.max_html_mb", "at least 1", self.max_html_mb)
+        require(self.min_chars >= 0, "min_chars", "at least 0", self.min_chars)
+        require(self.max_html_mb >= 1, "max_html_mb", "at least 1", self.max_html_mb)
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,7 @@ class DedupConfig:
 
     def __post_init__(self) -> None:
         for name in ("buckets", "hashes", "ngram"):
-            require(getattr(self, name) >= 1, f"dedup.{name}", "at least 1", getattr(self, name))
+            require(getattr(self, name) >= 1, name, "at least 1", getattr(self, name))
 
 
 @dataclass(frozen=True)
@@ -143,8 +143,8 @@ class ClassifierConfig:
 
     def __post_init__(self) -> None:
         for name in ("dim", "word_ngrams", "min_count", "epochs", "bucket", "threads"):
-            require(getattr(self, name) >= 1, f"classifier.{name}", "at least 1", getattr(self, name))
-        require(self.lr > 0, "classifier.lr", "above 0", self.lr)
+            require(getattr(self, name) >= 1, name, "at least 1", getattr(self, name))
+        require(self.lr > 0, "lr", "above 0", self.lr)
 
 
 @dataclass(frozen=True)
@@ -165,9 +165,9 @@ class DomainsConfig:
     """Sample pages per domain on the annotation page."""
 
     def __post_init__(self) -> None:
-        require(0 <= self.share < 1, "domains.share", "in 0..1", self.share)
+        require(0 <= self.share < 1, "share", "in 0..1", self.share)
         for name in ("min_pages", "listed", "samples"):
-            require(getattr(self, name) >= 1, f"domains.{name}", "at least 1", getattr(self, name))
+            require(getattr(self, name) >= 1, name, "at least 1", getattr(self, name))
 
 
 @dataclass(frozen=True)
@@ -189,10 +189,10 @@ class RoundsConfig:
 
     def __post_init__(self) -> None:
         for name in ("positives", "negatives", "rounds"):
-            require(getattr(self, name) >= 1, f"rounds.{name}", "at least 1", getattr(self, name))
-        require(0 < self.overlap <= 1, "rounds.overlap", "above 0 and at most 1", self.overlap)
+            require(getattr(self, name) >= 1, name, "at least 1", getattr(self, name))
+        require(0 < self.overlap <= 1, "overlap", "above 0 and at most 1", self.overlap)
         tokens = self.budget_tokens
-        require(bool(tokens) and min(tokens) >= 1, "rounds.budget_tokens", "a list of at least one count", list(tokens))
+        require(bool(tokens) and min(tokens) >= 1, "budget_tokens", "a list of at least one count", list(tokens))
 
 
 @dataclass(frozen=True)
@@ -211,7 +211,7 @@ class DecontaminateConfig:
     """Remove the segment that holds the match, or the whole page."""
 
     def __post_init__(self) -> None:
-        require(1 <= self.min_ngram <= self.ngram, "decontaminate.min_ngram", f"in 1..{self.ngram}", self.min_ngram)
+        require(1 <= self.min_ngram <= self.ngram, "min_ngram", f"in 1..{self.ngram}", self.min_ngram)
 
 
 @dataclass(frozen=True)
@@ -230,7 +230,7 @@ class DemoConfig:
     """HTML pages of the synthetic web."""
 
     def __post_init__(self) -> None:
-        require(self.pages >= 500, "demo.pages", "at least 500", self.pages)
+        require(self.pages >= 500, "pages", "at least 500", self.pages)
 
 
 @dataclass(frozen=True)

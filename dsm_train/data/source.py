@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from dsm_train.config import DataConfig
 from dsm_train.data.arithmetic import arithmetic_tasks
+from dsm_train.data.config import DataConfig
 from dsm_train.data.jsonl import read_jsonl
 from dsm_train.data.tasks import Task
 from dsm_train.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer

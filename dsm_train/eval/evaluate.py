@@ -8,10 +8,11 @@ from math import comb
 
 import torch
 
-from dsm_train.config import SamplingConfig
-from dsm_train.data import Task, Tokenizer
+from dsm_train.data.tasks import Task
+from dsm_train.data.tokenizer import Tokenizer
 from dsm_train.megatron.parallel import Parallel
 from dsm_train.rewards import numeric_reward
+from dsm_train.rollout.config import SamplingConfig
 from dsm_train.rollout.engine import RolloutEngine
 from dsm_train.types import Prompt
 

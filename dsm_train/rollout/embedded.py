@@ -13,10 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dsm_train.config import SamplingConfig
 from dsm_train.megatron import platform
 from dsm_train.megatron.layers import PackedAttend
 from dsm_train.megatron.step import Model
+from dsm_train.rollout.config import SamplingConfig
 from dsm_train.rollout.sampling import counter_uniform, sample
 from dsm_train.types import Prompt, Rollouts, Sequences, offsets
 from triton_kernels import PackedLayout

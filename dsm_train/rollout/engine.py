@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
-from dsm_train.config import SamplingConfig
+from dsm_train.rollout.config import SamplingConfig
 from dsm_train.types import Prompt, Rollouts
 
 

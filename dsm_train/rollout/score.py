@@ -9,7 +9,8 @@ from collections.abc import Sequence
 
 import torch
 
-from dsm_train.data import Task, Tokenizer
+from dsm_train.data.tasks import Task
+from dsm_train.data.tokenizer import Tokenizer
 from dsm_train.reporting.metrics import Sample
 from dsm_train.rewards import RewardConfig, reward
 from dsm_train.types import Rollouts

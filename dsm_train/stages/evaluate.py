@@ -6,7 +6,7 @@ import json
 
 from dsm_train.cli import user_errors
 from dsm_train.configs import EvaluateConfig, GenerateConfig
-from dsm_train.data import Task
+from dsm_train.data.tasks import Task
 from dsm_train.run import check_lengths, start
 from dsm_train.types import Prompt
 

@@ -9,8 +9,9 @@ from collections.abc import Sequence
 
 from dsm_train.config import SftTraining
 from dsm_train.configs import SftConfig
-from dsm_train.data import Task, Tokenizer
 from dsm_train.data.source import draw, solved
+from dsm_train.data.tasks import Task
+from dsm_train.data.tokenizer import Tokenizer
 from dsm_train.eval.evaluate import Evaluator
 from dsm_train.grpo import token_weights
 from dsm_train.megatron.step import Loss, TrainableModel

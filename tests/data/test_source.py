@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from dsm_train.config import DataConfig
-from dsm_train.data import Task
+from dsm_train.data.config import DataConfig
 from dsm_train.data.source import draw, load_tasks, make_tokenizer
+from dsm_train.data.tasks import Task
 
 TASKS = [Task(id=i, prompt=f"{i}", answer=str(i), solution=None) for i in range(10)]
 

@@ -13,12 +13,13 @@ import tiny
 import torch
 import torch.distributed as dist
 
-from dsm_train.config import ModelConfig, OptimConfig, ParallelConfig, SamplingConfig
+from dsm_train.config import ModelConfig, OptimConfig, ParallelConfig
 from dsm_train.grpo import token_weights
 from dsm_train.megatron import parallel, weights
 from dsm_train.megatron.parallel import Parallel
 from dsm_train.megatron.step import TrainableModel
 from dsm_train.packing.microbatch import MicroBatch, pack, repeat_prompts
+from dsm_train.rollout.config import SamplingConfig
 from dsm_train.rollout.embedded import EmbeddedEngine
 from dsm_train.types import Prompt, Rollouts, Sequences
 from dsm_train.update import optimizer_step, supervised_loss

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from dsm_train.config import AlgorithmConfig, ModelConfig, OptimConfig, ParallelConfig, RunConfig, SamplingConfig
+from dsm_train.config import AlgorithmConfig, ModelConfig, OptimConfig, ParallelConfig, RunConfig
 from dsm_train.configs import VerifyStepConfig
 from dsm_train.data.source import Tasks
 from dsm_train.data.tokenizer import train_tokenizer
@@ -25,6 +25,7 @@ from dsm_train.grpo import algorithm
 from dsm_train.megatron import parallel, weights
 from dsm_train.megatron.step import Head, Loss, TrainableModel
 from dsm_train.packing.microbatch import MicroBatch
+from dsm_train.rollout.config import SamplingConfig
 from dsm_train.run import Prepared
 from dsm_train.types import Rollouts
 from dsm_train.verify.comparison import TOLERANCES, Step, compare

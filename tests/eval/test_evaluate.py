@@ -8,10 +8,11 @@ from collections.abc import Sequence
 import pytest
 import torch
 
-from dsm_train.config import SamplingConfig
-from dsm_train.data import Task, Tokenizer, train_tokenizer
+from dsm_train.data.tasks import Task
+from dsm_train.data.tokenizer import Tokenizer, train_tokenizer
 from dsm_train.eval.evaluate import Evaluator, pass_at_k
 from dsm_train.megatron.parallel import Parallel
+from dsm_train.rollout.config import SamplingConfig
 from dsm_train.types import Prompt, Rollouts, Sequences
 
 TASKS = [Task(id=i, prompt=f"{i}+1=", answer=str(i + 1), solution=None) for i in range(7)]

@@ -213,5 +213,5 @@ def test_reward_is_the_weighted_sum(response: str, numeric: int, form: int) -> N
 
 @pytest.mark.parametrize("weights", [(-1.0, 1.0), (float("nan"), 0.0), (1.0, float("inf")), (0.0, 0.0)])
 def test_weights_that_teach_nothing_are_refused(weights: tuple[float, float]) -> None:
-    with pytest.raises(ValueError, match="reward.*(at least 0|both 0)"):
+    with pytest.raises(ValueError, match="at least 0|both 0"):
         RewardConfig(*weights)

@@ -11,13 +11,14 @@ import pytest
 import tiny
 import torch
 
-from dsm_train.config import ModelConfig, SamplingConfig
+from dsm_train.config import ModelConfig
 from dsm_train.megatron import platform
 from dsm_train.megatron.layers import PackedAttend
 from dsm_train.megatron.model import forward_hidden
 from dsm_train.megatron.parallel import Parallel
 from dsm_train.megatron.step import Model
 from dsm_train.packing.microbatch import pack
+from dsm_train.rollout.config import SamplingConfig
 from dsm_train.rollout.embedded import EmbeddedEngine
 from dsm_train.types import Prompt, Rollouts, offsets
 from triton_kernels import PackedLayout

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dsm_train.config import SamplingConfig
+from dsm_train.rollout.config import SamplingConfig
 from dsm_train.rollout.sampling import counter_uniform, sample
 
 LOGITS_V = torch.tensor([2.0, 1.0, 0.5, 0.0, -1.0, -30.0])
