@@ -38,7 +38,7 @@ def stage(name: str) -> Stage:
     from dsm_train import configs
 
     if name == "grpo":
-        from dsm_train.train import train_grpo
+        from dsm_train.stages.grpo import train_grpo
 
         return Stage(configs.GrpoConfig, train_grpo, "GRPO: sample groups of responses, score them, update the policy.")
     if name == "sft":
@@ -46,7 +46,7 @@ def stage(name: str) -> Stage:
 
         return Stage(configs.SftConfig, train_sft, "Supervised fine-tuning on worked solutions.")
     if name == "verify-step":
-        from dsm_train.verify.step import verify_step
+        from dsm_train.stages.verify_step import verify_step
 
         return Stage(configs.VerifyStepConfig, verify_step, "Compare an optimizer step here with the same on one rank.")
     from dsm_train.stages.evaluate import evaluate, generate

@@ -10,6 +10,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+Preset = Literal["grpo", "dr_grpo", "dapo", "gspo", "cispo"]
+Average = Literal["response", "token", "fixed"]
+Scale = Literal["std", "none", "loo", "batch"]
+Kl = Literal["k1", "k2", "k3", "k1+", "k3+"]
+
 
 def require(condition: bool, name: str, rule: str, value: object) -> None:
     """Raise `ValueError` with the field's name, the rule and the value unless the condition holds.
@@ -110,6 +115,15 @@ class ParallelConfig:
     timeout_minutes: float = 10.0
     """A rank that keeps the others waiting longer ends the run, with a line that names it and what it was doing."""
 
+    @property
+    def model_ranks(self) -> int:
+        """Ranks that hold one replica of the model."""
+        return self.tp * self.pp
+
+    def replicas(self, ranks: int) -> int:
+        """Data-parallel replicas on so many ranks."""
+        return ranks // self.model_ranks
+
     def __post_init__(self) -> None:
         at_least(1, self, "tp", "pp", "vpp")
         require(self.timeout_minutes > 0, "timeout_minutes", "above 0", self.timeout_minutes)
@@ -151,7 +165,7 @@ class OptimConfig:
 class AlgorithmConfig:
     """GRPO and its family; the defaults are DeepSeekMath's."""
 
-    preset: Literal["grpo", "dr_grpo", "dapo", "gspo", "cispo"] = "grpo"
+    preset: Preset = "grpo"
     """Named member of the family; it sets what is left at none below."""
     clip_low: float | None = None
     """Importance ratios are clipped below at 1 - clip_low."""
@@ -159,13 +173,13 @@ class AlgorithmConfig:
     """Importance ratios are clipped above at 1 + clip_high."""
     kl_coef: float | None = None
     """beta, the weight of the KL to the reference model in the loss; 0 keeps no reference model."""
-    kl: Literal["k1", "k2", "k3", "k1+", "k3+"] | None = None
+    kl: Kl | None = None
     """KL estimator; k3 is the paper's."""
     entropy_coef: float | None = None
     """Weight of the entropy bonus in the loss."""
-    average: Literal["response", "token", "fixed"] | None = None
+    average: Average | None = None
     """Average per response and then over responses (the paper), over all tokens, or by a fixed length."""
-    scale: Literal["std", "none", "loo", "batch"] | None = None
+    scale: Scale | None = None
     """Scale of the group-relative advantage: the group's deviation (the paper), none, leave-one-out, the batch's."""
     prompts_per_step: int = 16
     """Questions per exploration stage, over all data-parallel ranks."""

@@ -10,6 +10,7 @@ from dsm_train.data.config import DataConfig
 from dsm_train.eval.config import EvalConfig
 from dsm_train.rewards.config import RewardConfig
 from dsm_train.rollout.config import SamplingConfig
+from dsm_train.verify.config import VerifyConfig
 
 
 @dataclass(frozen=True)
@@ -68,9 +69,9 @@ class GrpoConfig(StageConfig):
     steps: int = 200
     """Exploration stages: sample, score, update."""
     record: Path | None = None
-    """Write the scored rollouts of exploration stage record_step to this Parquet file, for verify-step."""
+    """Write the scored rollouts of exploration stage record_step to this Parquet file x.parquet, for verify-step."""
     record_step: int = 1
-    """The exploration stage, counted from 1, whose rollouts `record` holds."""
+    """The exploration stage, counted from 1, whose rollouts `record` holds; 0: of all, in x-1.parquet ..."""
 
     @property
     def supervised(self) -> SftTraining | None:
@@ -79,7 +80,7 @@ class GrpoConfig(StageConfig):
 
     def __post_init__(self) -> None:
         require(self.steps >= 1, "steps", "at least 1", self.steps)
-        require(1 <= self.record_step <= self.steps, "record_step", f"in 1..steps = {self.steps}", self.record_step)
+        require(0 <= self.record_step <= self.steps, "record_step", f"in 0..steps = {self.steps}", self.record_step)
         require(
             self.sampling.temperature > 0,
             "sampling.temperature",
@@ -125,6 +126,8 @@ class VerifyStepConfig(StageConfig):
     """Compare with this layout of all ranks (tp=1,pp=2) rather than with one rank alone."""
     shuffle: bool = False
     """Pack groups, and the responses of each, in another order in the layout that is verified."""
+    verify: VerifyConfig = field(default_factory=VerifyConfig)
+    """Verification."""
     algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)
     """Algorithm."""
     sampling: SamplingConfig = field(default_factory=SamplingConfig)

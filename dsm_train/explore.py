@@ -1,44 +1,49 @@
-"""What comes before the update: questions are drawn and answered, and the answers are scored."""
+"""Exploration: questions are drawn and answered, responses graded, and log-probabilities computed to compare with."""
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 from dsm_train.configs import GrpoConfig
 from dsm_train.data.source import draw
 from dsm_train.data.tasks import Task
+from dsm_train.megatron.parallel import Parallel
 from dsm_train.megatron.step import Model
+from dsm_train.packing.packer import Packer
+from dsm_train.prepare import Questions
 from dsm_train.rollout.engine import RolloutEngine
 from dsm_train.rollout.score import score, shuffle_rewards
-from dsm_train.run import Run
 from dsm_train.types import Prompt, Rollouts
 
 
-def explore(run: Run, config: GrpoConfig, engine: RolloutEngine, step: int) -> tuple[list[Task], Rollouts]:
-    """This replica's share of the step's questions, and a group of responses to each."""
-    tasks = run.mine(draw(run.tasks.train, config.algorithm.prompts_per_step, step, config.run.seed))
-    prompts = [Prompt(task.id, run.tokenizer.encode(task.prompt)) for task in tasks]
+def explore(
+    engine: RolloutEngine, questions: Questions, config: GrpoConfig, parallel: Parallel, step: int
+) -> tuple[list[Task], Rollouts]:
+    """Draw this replica's share of the step's questions, and sample a group of responses to each."""
+    tasks = parallel.share(draw(questions.tasks.train, config.algorithm.prompts_per_step, step, config.run.seed))
+    prompts = [Prompt(task.id, questions.tokenizer.encode(task.prompt)) for task in tasks]
     return tasks, engine.generate(prompts, config.algorithm.group_size, config.sampling, step=step)
 
 
-def score_rollouts(
-    run: Run,
-    config: GrpoConfig,
-    policy: Model,
-    reference: Model | None,
-    rollouts: Rollouts,
-    tasks: list[Task],
-    step: int,
+def grade(rollouts: Rollouts, tasks: list[Task], questions: Questions, config: GrpoConfig, step: int) -> Rollouts:
+    """Reward each response by rule."""
+    rollouts = score(rollouts, tasks, questions.tokenizer, config.rewards)
+    return shuffle_rewards(rollouts, config.run.seed, step) if config.algorithm.shuffle_rewards else rollouts
+
+
+def with_logprobs(
+    rollouts: Rollouts, policy: Model, reference: Model | None, packer: Packer, temperature: float, *, old: bool
 ) -> Rollouts:
-    """Rewards, and the log-probabilities that the update compares with."""
-    rollouts = score(rollouts, tasks, run.tokenizer, config.rewards)
-    if config.algorithm.shuffle_rewards:
-        rollouts = shuffle_rewards(rollouts, config.run.seed, step)
-    on_policy = config.algorithm.minibatches * config.algorithm.epochs == 1
-    if reference is None and on_policy:
+    """Compute the log-probabilities under the reference model, and under the policy before the update where `old`.
+
+    An on-policy update needs no old ones: they are those of the update itself.
+    """
+    if reference is None and not old:
         return rollouts
-    micro_batches = run.pack(rollouts.sequences)
-    rows, temperature = rollouts.sequences.response_token_T.numel(), config.sampling.temperature
+    micro_batches = packer.pack(rollouts.sequences)
+    num_rows = rollouts.sequences.response_token_T.numel()
     if reference is not None:
-        rollouts = rollouts.with_(ref_logprob_T=reference.logprobs(micro_batches, rows, temperature))
-    if not on_policy:  # with a single update the ratio is 1, and old is the log-probability of the update itself
-        rollouts = rollouts.with_(old_logprob_T=policy.logprobs(micro_batches, rows, temperature))
+        rollouts = replace(rollouts, ref_logprob_T=reference.logprobs(micro_batches, num_rows, temperature))
+    if old:
+        rollouts = replace(rollouts, old_logprob_T=policy.logprobs(micro_batches, num_rows, temperature))
     return rollouts

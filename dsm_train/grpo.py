@@ -1,4 +1,4 @@
-"""GRPO's mathematics (DeepSeekMath, arXiv 2402.03300, section 4.1 and Algorithm 1), and nothing else.
+"""The mathematics of GRPO (DeepSeekMath, arXiv 2402.03300, section 4.1 and Algorithm 1): presets, advantages, weights.
 
 S responses, T response tokens (loss rows), P prompts (groups).
 """
@@ -6,29 +6,35 @@ S responses, T response tokens (loss rows), P prompts (groups).
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from itertools import pairwise
-from typing import Literal, cast
 
 import torch
 from torch import Tensor
 
-from dsm_train.config import AlgorithmConfig
-from dsm_train.megatron.parallel import Parallel
-from dsm_train.types import Rollouts, Sequences, offsets
-from dsm_train.update import Rows
-from triton_kernels import Objective, group_advantage
-
-Average = Literal["response", "token", "fixed"]
-Scale = Literal["std", "none", "loo", "batch"]
+from dsm_train.config import AlgorithmConfig, Average, Scale
+from triton_kernels import Objective
 
 
 @dataclass(frozen=True)
 class Algorithm:
-    """A member of the family: its objective, how it averages, and the scale of its advantage."""
+    """A member of the family: its objective, its average, the scale of its advantage, and how often it updates."""
 
     objective: Objective
     average: Average = "response"
     scale: Scale = "std"
+    minibatches: int = 1
+    """Optimizer steps in a pass over an exploration stage's rollouts."""
+    epochs: int = 1
+    """mu, the passes over them."""
+
+    @property
+    def updates(self) -> int:
+        """Optimizer steps per exploration stage."""
+        return self.minibatches * self.epochs
+
+    @property
+    def on_policy(self) -> bool:
+        """True when each rollout is learnt from once, by the policy that sampled it: the ratio is 1."""
+        return self.updates == 1
 
 
 PRESETS: dict[str, Algorithm] = {
@@ -46,7 +52,7 @@ PRESETS: dict[str, Algorithm] = {
 
 
 def algorithm(config: AlgorithmConfig) -> Algorithm:
-    """The preset with what the configuration overrides."""
+    """Override the preset by what the configuration sets."""
     preset = PRESETS[config.preset]
     overrides = {name: getattr(config, name) for name in ("clip_low", "clip_high", "kl_coef", "kl", "entropy_coef")}
     objective = replace(preset.objective, **{name: value for name, value in overrides.items() if value is not None})
@@ -54,16 +60,17 @@ def algorithm(config: AlgorithmConfig) -> Algorithm:
         raise ValueError(
             "algorithm.reference_every renews the reference model, and kl_coef = 0 keeps none: set one of them"
         )
-    return Algorithm(objective, config.average or preset.average, config.scale or preset.scale)
+    average, scale = config.average or preset.average, config.scale or preset.scale
+    return Algorithm(objective, average, scale, config.minibatches, config.epochs)
 
 
 def token_weights(
     response_cu: Tensor, average: Average, num_responses: int, num_tokens: int, fixed_length: int
 ) -> Tensor:
-    """weight_T: how each token counts in the loss of one optimizer step.
+    """Weight of each response token in the loss of one optimizer step: weight_T.
 
-    num_responses, num_tokens: of the whole step, over all data-parallel ranks. Every choice sums to 1 over the step,
-    but for "fixed", which divides by the constant num_responses * fixed_length (Dr. GRPO).
+    num_responses, num_tokens: totals of the whole step, over all data-parallel ranks. The weights sum to 1 over the
+    step, except for "fixed", which divides by the constant num_responses * fixed_length (Dr. GRPO).
     """
     length_S = response_cu.diff().long()
     if average == "response":  # (1/S) sum_i (1/|o_i|) sum_t: eq. 3
@@ -75,35 +82,6 @@ def token_weights(
     return weight_S.repeat_interleave(length_S)
 
 
-def token_rows(
-    rollouts: Rollouts, algo: Algorithm, minibatches: int, fixed_length: int, parallel: Parallel
-) -> list[tuple[Sequences, Rows]]:
-    """What each minibatch (some groups of every replica) trains on: sequences, and what the loss needs of their tokens.
-
-    Outcome supervision (section 4.1.2): the advantage of every token is its response's group-relative reward. Weights
-    are normalised over the minibatch of all data-parallel replicas, before responses that cannot move the policy are
-    left out: those with advantage 0, when there is neither KL nor entropy bonus. Collective; a replica may have none.
-    """
-    sequences, cu = rollouts.sequences, rollouts.sequences.response_cu
-    groups = [sequences.num_prompts * i // minibatches for i in range(minibatches + 1)]
-    cuts = list(pairwise(sequences.group_cu[groups].tolist()))
-    mine = torch.tensor([(last - first, int(cu[last] - cu[first])) for first, last in cuts])
-    counts = torch.stack([cast(Tensor, count) for count in parallel.gather_over_data(mine)]).sum(0).tolist()
-    weights = [
-        token_weights(cu[first : last + 1], algo.average, num_responses, num_tokens, fixed_length)
-        for (first, last), (num_responses, num_tokens) in zip(cuts, counts, strict=True)
-    ]
-    advantage_S = _advantages(rollouts.reward_S, sequences.group_cu, algo.scale, parallel)
-    advantage_T = advantage_S.repeat_interleave(cu.diff().long())
-    rows = Rows(torch.cat(weights), advantage_T, rollouts.old_logprob_T, rollouts.ref_logprob_T)
-    moves_S = (advantage_S != 0) | (algo.objective.kl_coef > 0) | (algo.objective.entropy_coef != 0)
-    kept = [first + moves_S[first:last].nonzero().squeeze(1) for first, last in cuts]
-    return [(sequences.take(index_S), rows.take(sequences.rows_of(index_S))) for index_S in kept]
-
-
-def _advantages(reward_S: Tensor, group_cu: Tensor, scale: Scale, parallel: Parallel) -> Tensor:
-    """Group-relative advantages of this replica's responses; the scale "batch" needs everyone's rewards."""
-    replicas = [cast(tuple[Tensor, Tensor], value) for value in parallel.gather_over_data((reward_S, group_cu.diff()))]
-    rewards = [reward for reward, _ in replicas]
-    all_cu = offsets(torch.cat([size_P for _, size_P in replicas]).tolist())
-    return group_advantage(torch.cat(rewards), all_cu, scale).split([len(r) for r in rewards])[parallel.dp_rank]
+def moves_policy(advantage_S: Tensor, objective: Objective) -> Tensor:
+    """Mark the responses with a gradient: all, unless advantage, KL and entropy bonus are all 0."""
+    return (advantage_S != 0) | (objective.kl_coef > 0) | (objective.entropy_coef != 0)

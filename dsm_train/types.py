@@ -6,28 +6,39 @@ int32 offsets, first 0, last the total.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field, fields, replace
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
+PER_P, PER_S, PER_T = {"axis": "P"}, {"axis": "S"}, {"axis": "T"}
+"""Metadata of a dataclass's field: it holds a value per prompt, per response or per response token."""
+RecordT = TypeVar("RecordT")
+
+
+def take_along(record: RecordT, index: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Index every field of a dataclass along the axis that it declares; absent fields stay absent."""
+    declared = {f.name: f.metadata["axis"] for f in fields(record) if "axis" in f.metadata}  # type: ignore[arg-type]
+    values = {name: (getattr(record, name), index[axis]) for name, axis in declared.items()}
+    return {name: None if value is None else value[rows] for name, (value, rows) in values.items()}
+
 
 def offsets(lengths: list[int]) -> Tensor:
-    """Lengths to int32 offsets [n + 1]."""
+    """Turn lengths into int32 offsets [n + 1]."""
     return torch.tensor([0, *lengths], dtype=torch.int64).cumsum(0).to(torch.int32)
 
 
 def spans(start: Tensor, length: Tensor) -> Tensor:
-    """Indices of spans after each other: start[i], ..., start[i] + length[i] - 1 for every i; int64."""
+    """Concatenate the index ranges start[i] .. start[i] + length[i] - 1, int64."""
     start, length = start.long(), length.long()
     before = length.cumsum(0) - length
     return torch.arange(int(length.sum())) + (start - before).repeat_interleave(length)
 
 
 def _joined(offsets: Sequence[Tensor]) -> Tensor:
-    """Offsets of parts to those of all of them after each other."""
+    """Concatenate the segments that the offsets of several parts describe."""
     lengths = torch.cat([cu.diff() for cu in offsets])
     return torch.cat([lengths.new_zeros(1), lengths.cumsum(0)]).to(torch.int32)
 
@@ -49,7 +60,7 @@ class Sequences:
 
     @staticmethod
     def from_lists(prompts: list[list[int]], responses: list[list[int]], group_size: int = 1) -> Sequences:
-        """From token lists; response i belongs to prompt i // group_size."""
+        """Build from token lists; response i belongs to prompt i // group_size."""
         return Sequences(
             torch.tensor([t for p in prompts for t in p], dtype=torch.int64),
             offsets([len(p) for p in prompts]),
@@ -73,18 +84,13 @@ class Sequences:
         """Prompt index of each response."""
         return torch.repeat_interleave(torch.arange(self.num_prompts), self.group_cu.diff().long())
 
-    def groups(self, first: int, last: int) -> tuple[Sequences, slice, slice]:
-        """Groups first..last - 1 as sequences of their own, and their responses and tokens as slices of all."""
-        span_S = slice(int(self.group_cu[first]), int(self.group_cu[last]))
-        span_T = slice(int(self.response_cu[span_S.start]), int(self.response_cu[span_S.stop]))
-        return self.take(torch.arange(span_S.start, span_S.stop)), span_S, span_T
-
     def take(self, index_S: Tensor) -> Sequences:
-        """The responses of these numbers, in this order; consecutive ones of a prompt are a group that shares it.
+        """Select these responses, in this order; consecutive ones of a prompt are a group that shares it.
 
-        Prompts without a response are left out. Their tokens' rows: `rows_of`.
+        Prompts without a response are left out. The rows of the selected tokens: `rows_of`; the prompts: `prompts_of`.
         """
-        group_P, size_P = torch.unique_consecutive(self.prompt_of_response_S[index_S], return_counts=True)
+        prompt_S = self.prompt_of_response_S[index_S]
+        group_P, size_P = torch.unique_consecutive(prompt_S, return_counts=True)
         length_P = self.prompt_cu.diff()[group_P]
         return Sequences(
             self.prompt_token[spans(self.prompt_cu[group_P], length_P)],
@@ -95,12 +101,20 @@ class Sequences:
         )
 
     def rows_of(self, index_S: Tensor) -> Tensor:
-        """Where the tokens of these responses are among the T, in this order."""
+        """Index the T tokens by these responses, in this order."""
         return spans(self.response_cu[index_S], self.response_cu.diff()[index_S])
+
+    def prompts_of(self, index_S: Tensor) -> Tensor:
+        """Index the P prompts by the groups that `take` makes of these responses."""
+        return torch.unique_consecutive(self.prompt_of_response_S[index_S])
+
+    def responses_of(self, index_P: Tensor) -> Tensor:
+        """Index the S responses by these groups, in this order."""
+        return spans(self.group_cu[index_P], self.group_cu.diff()[index_P])
 
     @staticmethod
     def concatenate(parts: Sequence[Sequences]) -> Sequences:
-        """Sequences after each other, each part with prompts of its own."""
+        """Concatenate sequences; each part keeps prompts of its own."""
         return Sequences(
             torch.cat([part.prompt_token for part in parts]),
             _joined([part.prompt_cu for part in parts]),
@@ -130,40 +144,38 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Rollouts:
-    """What one exploration stage sampled, and what was learnt about it since."""
+    """Responses sampled in one exploration stage, with what was computed about them since."""
 
     sequences: Sequences
-    prompt_id_P: Tensor
+    prompt_id_P: Tensor = field(metadata=PER_P)
     """Task number of each prompt."""
-    rollout_logprob_T: Tensor
+    rollout_logprob_T: Tensor = field(metadata=PER_T)
     """Log-probability of each token when it was sampled: full vocabulary, at the sampling temperature."""
-    margin_T: Tensor
-    """How far each choice was from another token, fp32: the decision margin of rollout/sampling.py."""
-    finished_S: Tensor
+    margin_T: Tensor = field(metadata=PER_T)
+    """Distance of each choice from another token, fp32: the decision margin of rollout/sampling.py."""
+    finished_S: Tensor = field(metadata=PER_S)
     """True where a stop token ended the response, False where the length limit did."""
     weight_version: int
     """Optimizer steps that the sampling weights had seen."""
-    reward_S: Tensor = field(default_factory=lambda: torch.empty(0))
-    """Reward per response; empty until scored."""
-    ref_logprob_T: Tensor | None = None
+    reward_S: Tensor | None = field(default=None, metadata=PER_S)
+    """Reward of each response; None until graded."""
+    ref_logprob_T: Tensor | None = field(default=None, metadata=PER_T)
     """Log-probabilities under the reference model; None until computed, or when kl_coef is 0."""
-    old_logprob_T: Tensor | None = None
+    old_logprob_T: Tensor | None = field(default=None, metadata=PER_T)
     """The trainer's log-probabilities before the update; None when the update is on-policy."""
+
+    def take(self, index_S: Tensor) -> Rollouts:
+        """Select these responses, in this order, with every field along its axis; see `Sequences.take`."""
+        sequences = self.sequences
+        index = {"P": sequences.prompts_of(index_S), "S": index_S, "T": sequences.rows_of(index_S)}
+        return Rollouts(sequences.take(index_S), weight_version=self.weight_version, **take_along(self, index))
 
     @staticmethod
     def concatenate(parts: Sequence[Rollouts]) -> Rollouts:
-        """Rollouts of the same weights after each other; log-probabilities that a part lacks are absent."""
-
-        def joined(name: str) -> Any:
+        """Concatenate rollouts of the same weights; a field that some part lacks is absent."""
+        tensors: dict[str, Any] = {}
+        for name in (f.name for f in fields(Rollouts) if "axis" in f.metadata):
             values = [getattr(part, name) for part in parts]
-            return None if any(value is None for value in values) else torch.cat(values)
-
+            tensors[name] = None if any(value is None for value in values) else torch.cat(values)
         sequences = Sequences.concatenate([part.sequences for part in parts])
-        tensors = [f.name for f in fields(Rollouts) if f.name not in ("sequences", "weight_version")]
-        return Rollouts(
-            sequences=sequences, weight_version=parts[0].weight_version, **{name: joined(name) for name in tensors}
-        )
-
-    def with_(self, **changes: Tensor) -> Rollouts:
-        """A copy with some fields set."""
-        return replace(self, **changes)
+        return Rollouts(sequences, weight_version=parts[0].weight_version, **tensors)

@@ -1,122 +1,132 @@
-"""One optimizer step from packed sequences, shared by all algorithms.
+"""The update: from rollouts to optimizer steps.
 
-S responses, T loss rows (response tokens).
+S responses, T loss rows (response tokens), P prompts (groups).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from dsm_train.balance import balance
+from dsm_train.grpo import Algorithm, moves_policy, token_weights
+from dsm_train.losses import LossOutput, Names, PolicyLoss, Stats, SupervisedLoss
 from dsm_train.megatron.parallel import Parallel
-from dsm_train.megatron.step import Head, Loss, TrainableModel
+from dsm_train.megatron.step import TrainableModel
 from dsm_train.packing.microbatch import MicroBatch
-from triton_kernels import LinearGrpoLoss, LossOutput, LossStats, Objective, linear_grpo_loss, linear_logprob
-
-
-@dataclass(frozen=True)
-class Rows:
-    """What the loss needs of each response token, packed like `Sequences.response_token_T`; on the CPU."""
-
-    weight_T: Tensor
-    """How the token counts, normalised over the optimizer step; 0: absent."""
-    advantage_T: Tensor
-    """Advantage of the token."""
-    old_logprob_T: Tensor | None = None
-    """Log-probability before the update; None: the update is on-policy."""
-    ref_logprob_T: Tensor | None = None
-    """Log-probability under the reference model; None when kl_coef is 0."""
-
-    def take(self, row_T: Tensor, device: torch.device | None = None) -> Rows:
-        """The rows of these numbers, in this order; on `device`, where one is given."""
-        return replace(self, **{name: value[row_T].to(device or "cpu") for name, value in self.present().items()})
-
-    def present(self) -> dict[str, Tensor]:
-        """What there is, by name."""
-        return {f.name: value for f in fields(self) if (value := getattr(self, f.name)) is not None}
-
-    @staticmethod
-    def concatenate(parts: Sequence[Rows]) -> Rows:
-        """Rows after each other; all parts have the same log-probabilities."""
-        return Rows(**{name: torch.cat([part.present()[name] for part in parts]) for name in parts[0].present()})
+from dsm_train.packing.packer import Packer
+from dsm_train.rollout.config import SamplingConfig
+from dsm_train.rows import Rows
+from dsm_train.types import Rollouts, Sequences, offsets
+from triton_kernels import group_advantage
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """What one optimizer step did."""
+    """One optimizer step in numbers, over all ranks."""
 
     loss: float
     grad_norm: float
     lr: float
-    stats: LossStats
+    stats: Stats
 
 
-def policy_loss(rows: Rows, objective: Objective, temperature: float) -> Callable[[Head, MicroBatch], LinearGrpoLoss]:
-    """The GRPO family's objective on the rows of a micro-batch."""
+def update(
+    policy: TrainableModel, rollouts: Rollouts, algo: Algorithm, sampling: SamplingConfig, packer: Packer
+) -> list[StepResult]:
+    """Make mu passes over the rollouts, each in as many optimizer steps as there are minibatches.
 
-    def loss(head: Head, batch: MicroBatch) -> LinearGrpoLoss:
-        r = rows.take(batch.row_T, head.hidden_TD.device)
-        return linear_grpo_loss(
-            head.hidden_TD,
-            head.weight_VD,
-            batch.target_T,
-            r.old_logprob_T,
-            r.ref_logprob_T,
-            r.advantage_T,
-            r.weight_T,
-            batch.response_cu,
-            objective,
-            temperature=temperature,
-            workspace_bytes=head.workspace_bytes,
-            tp_group=head.tp_group,
-            reduce_dx=head.reduce_dx,
-        )
-
-    return loss
+    The micro-batches of scoring are not reused: balancing moves responses to other replicas.
+    """
+    work = []
+    for sequences, rows in minibatches(rollouts, algo, sampling.max_new_tokens, policy.parallel):
+        sequences, rows = balance(sequences, rows, packer.cost(sequences), policy.parallel)
+        work.append((packer.pack(sequences), PolicyLoss(rows, algo.objective, sampling.temperature)))
+    return [optimizer_step(policy, *part) for _ in range(algo.epochs) for part in work]
 
 
-def supervised_loss(weight_T: Tensor) -> Loss:
-    """Cross-entropy: - sum_t weight_t log p_t."""
+def minibatches(
+    rollouts: Rollouts, algo: Algorithm, fixed_length: int, parallel: Parallel
+) -> list[tuple[Sequences, Rows]]:
+    """Cut this replica's groups into minibatches: the sequences of each, and the loss's inputs of their tokens.
 
-    def loss(head: Head, batch: MicroBatch) -> LossOutput:
-        weight = weight_T[batch.row_T].to(head.hidden_TD.device)
-        logprob_T = linear_logprob(
-            head.hidden_TD,
-            head.weight_VD,
-            batch.target_T,
-            workspace_bytes=head.workspace_bytes,
-            tp_group=head.tp_group,
-            reduce_dx=head.reduce_dx,
-        ).logprob_T
-        tokens = logprob_T.new_tensor(logprob_T.numel())
-        return LossOutput(-(weight * logprob_T).sum(), LossStats.of(tokens=tokens, weight=weight.sum()))
+    The advantage of every token is its response's group-relative reward (outcome supervision, section 4.1.2). Weights
+    are normalised over the minibatch of all data-parallel replicas, before responses that cannot move the policy are
+    left out. Collective; a replica may have none.
+    """
+    assert rollouts.reward_S is not None, "rollouts are graded before they are learnt from"
+    sequences, cu = rollouts.sequences, rollouts.sequences.response_cu
+    groups = [sequences.num_prompts * i // algo.minibatches for i in range(algo.minibatches + 1)]
+    cuts = list(pairwise(sequences.group_cu[groups].tolist()))
+    mine = torch.tensor([(last - first, int(cu[last] - cu[first])) for first, last in cuts])
+    counts = torch.stack(parallel.gather_over_data(mine)).sum(0).tolist()
+    weights = [
+        token_weights(cu[first : last + 1], algo.average, num_responses, num_tokens, fixed_length)
+        for (first, last), (num_responses, num_tokens) in zip(cuts, counts, strict=True)
+    ]
+    advantage_S = advantages(rollouts.reward_S, sequences.group_cu, algo, parallel)
+    advantage_T = advantage_S.repeat_interleave(cu.diff().long())
+    rows = Rows(torch.cat(weights), advantage_T, rollouts.old_logprob_T, rollouts.ref_logprob_T)
+    moves_S = moves_policy(advantage_S, algo.objective)
+    kept = [first + moves_S[first:last].nonzero().squeeze(1) for first, last in cuts]
+    return [(sequences.take(index_S), rows.take(sequences.rows_of(index_S))) for index_S in kept]
 
-    return loss
+
+def advantages(reward_S: Tensor, group_cu: Tensor, algo: Algorithm, parallel: Parallel) -> Tensor:
+    """Group-relative advantage of this replica's responses; the scale "batch" needs the rewards of all replicas."""
+    replicas = parallel.gather_over_data((reward_S, group_cu.diff()))
+    all_cu = offsets(torch.cat([size_P for _, size_P in replicas]).tolist())
+    advantage_S = group_advantage(torch.cat([reward for reward, _ in replicas]), all_cu, algo.scale)
+    return advantage_S.split([len(reward) for reward, _ in replicas])[parallel.dp_rank]
 
 
-def optimizer_step(model: TrainableModel, micro_batches: Sequence[MicroBatch], loss: Loss) -> StepResult:
-    """Forward, backward, reduce, clip, update; loss and statistics are of the whole step, on every rank."""
+def optimizer_step(
+    model: TrainableModel, micro_batches: Sequence[MicroBatch], loss: PolicyLoss | SupervisedLoss
+) -> StepResult:
+    """Run forward, backward, reduction, clipping and update; the result covers the whole step, on every rank."""
     lr = model.learning_rate
     outputs = model.forward_backward(micro_batches, loss)
     grad_norm = model.optimizer_step()
-    total, stats = whole_step(outputs, model.parallel)
+    total, stats = whole_step(outputs, loss.names, model.parallel)
     return StepResult(total, grad_norm, lr, stats)
 
 
+def whole_step(outputs: Sequence[LossOutput], names: Names, parallel: Parallel) -> tuple[float, Stats]:
+    """Reduce loss and statistics over the micro-batches of all ranks; only ranks with the head have any."""
+    parts = outputs if parallel.is_replica_main else []
+    stats = [Stats.nothing(names), *(out.stats for out in parts)]
+    loss = torch.stack([torch.zeros(()), *(out.loss.detach().float().cpu() for out in parts)])
+    sums = [loss, *(_column([s.sums[name] for s in stats]) for name in names.sums)]
+    total = parallel.all_reduce(torch.stack([column.sum() for column in sums]), dist.ReduceOp.SUM)
+    maxima, minima = {}, {}
+    if names.maxima:
+        highest = torch.stack([_column([s.maxima[name] for s in stats]).amax() for name in names.maxima])
+        maxima = dict(zip(names.maxima, parallel.all_reduce(highest, dist.ReduceOp.MAX), strict=True))
+    if names.minima:
+        lowest = torch.stack([_column([s.minima[name] for s in stats]).amin() for name in names.minima])
+        minima = dict(zip(names.minima, parallel.all_reduce(lowest, dist.ReduceOp.MIN), strict=True))
+    return float(total[0]), Stats(dict(zip(names.sums, total[1:], strict=True)), maxima, minima)
+
+
+def _column(values: Sequence[Tensor]) -> Tensor:
+    return torch.stack([value.detach().float().cpu() for value in values])
+
+
 def step_metrics(results: Sequence[StepResult]) -> dict[str, float]:
-    """The numbers of one exploration stage's optimizer steps: means over them, extremes of the ratio.
+    """Average one exploration stage's optimizer steps; extremes of the ratio.
 
     NaN for what was not measured, as no response had anything to teach.
     """
     count = len(results)
-    measured = [r.stats for r in results if float(r.stats.sums[0])]
+    measured = [r.stats for r in results if r.stats.tokens]
     means = {
-        name: sum(float(stats.mean(name)) for stats in measured) / len(measured) if measured else math.nan
+        name: sum(stats.mean(name) for stats in measured) / len(measured) if measured else math.nan
         for name in ("kl", "entropy", "ratio", "log_ratio", "clipped_low", "clipped_high")
     }
     return {
@@ -124,22 +134,6 @@ def step_metrics(results: Sequence[StepResult]) -> dict[str, float]:
         "grad_norm": sum(r.grad_norm for r in results) / count,
         "lr": results[-1].lr,
         **means,
-        "ratio_max": max(float(r.stats.maxima) for r in results),
-        "ratio_min": min(float(r.stats.minima) for r in results),
+        "ratio_max": max(float(r.stats.maxima["ratio"]) for r in results),
+        "ratio_min": min(float(r.stats.minima["ratio"]) for r in results),
     }
-
-
-def whole_step(outputs: Sequence[LossOutput], parallel: Parallel) -> tuple[float, LossStats]:
-    """Loss and statistics of all micro-batches of all ranks; only the last stage has any of its own."""
-    nothing = LossOutput(torch.zeros(()), LossStats.of(tokens=torch.zeros(())))
-    parts = [nothing, *outputs] if parallel.counts_losses else [nothing]
-    sums = torch.stack([torch.cat([p.loss.detach().float().reshape(1), p.stats.sums.float()]).cpu() for p in parts])
-    maxima = torch.stack([p.stats.maxima.float().cpu() for p in parts])
-    minima = torch.stack([p.stats.minima.float().cpu() for p in parts])
-    total = parallel.all_reduce(sums.sum(0), dist.ReduceOp.SUM)
-    stats = LossStats(
-        total[1:],
-        parallel.all_reduce(maxima.amax(0), dist.ReduceOp.MAX),
-        parallel.all_reduce(minima.amin(0), dist.ReduceOp.MIN),
-    )
-    return float(total[0]), stats

@@ -91,7 +91,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
 
 
 def load_tokenizer(path: str | Path, *, eos_token: str | None = None) -> Tokenizer:
-    """Load a folder that `Tokenizer.save` wrote, a Hugging Face folder, or a bare tokenizer.json.
+    """Cost a folder that `Tokenizer.save` wrote, a Hugging Face folder, or a bare tokenizer.json.
 
     A bare tokenizer.json does not say which token ends a text: it must hold "<eos>", or `eos_token` must name it.
     Without a pad token the end token pads. Nothing is downloaded. Raises ValueError where there is no tokenizer, or

@@ -1,4 +1,4 @@
-"""GPTModel of the Llama family, as chunks of this rank, whose last stage gives hidden states instead of logits.
+"""GPTModel of the Llama family as this rank's chunks; the last one returns hidden states instead of logits.
 
 N packed tokens, D hidden.
 """
@@ -23,33 +23,38 @@ from torch import Tensor
 
 from dsm_train.config import ModelConfig, ParallelConfig
 from dsm_train.megatron import platform
+from dsm_train.megatron.heads import HeadSpec, ValueLayer
 from dsm_train.megatron.layers import Attend, Tokens, block_spec, rotary_tables, transformer_engine_available
-from dsm_train.megatron.parallel import Parallel, stage_layers
+from dsm_train.megatron.parallel import Parallel, pipeline_layers
 
 
 class HiddenGPTModel(GPTModel):
     """A GPTModel whose forward ends with the final norm: [N, 1, D], never logits."""
 
+    def make_value_head(self) -> None:
+        """Replace the language head by one row of zeros."""
+        self.output_layer = ValueLayer(self.config.hidden_size, self.config.params_dtype)
+
     def _postprocess(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         return hidden_states
 
     def head_weight(self) -> Tensor:
-        """The output head [V, D] (this rank's vocabulary shard), tied or not."""
+        """Give the head's weight: this rank's shard of the vocabulary [V, D], tied or not, or a value head's [1, D]."""
         if self.share_embeddings_and_output_weights:
             return self.shared_embedding_or_output_weight()
         weight = self.output_layer.weight
-        assert weight is not None, "this stage has no head"
+        assert weight is not None, "this rank has no head"
         return weight
 
 
 def padded_vocab(vocab_size: int, multiple: int, tp: int) -> int:
-    """The vocabulary rounded up so that it splits evenly over tensor-parallel ranks."""
+    """Round the vocabulary up so that it splits evenly over tensor-parallel ranks."""
     unit = multiple * tp
     return -(-vocab_size // unit) * unit
 
 
 def uses_transformer_engine(model: ModelConfig) -> bool:
-    """Which layers serve; raises `ValueError` when Transformer Engine is asked for and absent."""
+    """Decide which layers serve; raises `ValueError` when Transformer Engine is asked for and absent."""
     if model.layers == "transformer_engine" and not transformer_engine_available():
         raise ValueError(
             "model.layers=transformer_engine needs Transformer Engine and CUDA: "
@@ -59,7 +64,7 @@ def uses_transformer_engine(model: ModelConfig) -> bool:
 
 
 def transformer_config(model: ModelConfig, parallel: ParallelConfig) -> TransformerConfig:
-    """Megatron's configuration of the model in this layout."""
+    """Translate the model and its layout into Megatron's configuration."""
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[model.dtype]
     pipelined, interleaved = parallel.pp > 1, parallel.vpp > 1
     return TransformerConfig(
@@ -82,7 +87,7 @@ def transformer_config(model: ModelConfig, parallel: ParallelConfig) -> Transfor
         tensor_model_parallel_size=parallel.tp,
         pipeline_model_parallel_size=parallel.pp,
         virtual_pipeline_model_parallel_size=parallel.vpp if interleaved else None,
-        pipeline_model_parallel_layout=_stages(model.num_layers, parallel) if pipelined else None,
+        pipeline_model_parallel_layout=_pipeline(model.num_layers, parallel) if pipelined else None,
         sequence_parallel=parallel.sp,
         # Packed micro-batches differ in length, which the pipeline must be told; upstream then insists on this
         # dispatcher even for dense models.
@@ -108,42 +113,48 @@ def transformer_config(model: ModelConfig, parallel: ParallelConfig) -> Transfor
     )
 
 
-def _stages(num_layers: int, parallel: ParallelConfig) -> list[list[str]]:
-    """What each stage holds, in the order in which a token passes them."""
-    stages = [["decoder"] * layers for layers in stage_layers(num_layers, parallel.pp * parallel.vpp)]
-    return [["embedding", *stages[0]], *stages[1:-1], [*stages[-1], "loss"]]
+def _pipeline(num_layers: int, parallel: ParallelConfig) -> list[list[str]]:
+    """List the contents of each part of the pipeline, in the order in which a token passes them."""
+    parts = [["decoder"] * layers for layers in pipeline_layers(num_layers, parallel.pp * parallel.vpp)]
+    return [["embedding", *parts[0]], *parts[1:-1], [*parts[-1], "loss"]]
 
 
-def build_model(model: ModelConfig, vocab_size: int, parallel: Parallel) -> list[HiddenGPTModel]:
-    """This rank's chunks (one per virtual stage), on its device, with weights still to be set.
+def build_model(model: ModelConfig, head: HeadSpec, parallel: Parallel) -> list[HiddenGPTModel]:
+    """Build this rank's chunks (several under the interleaved schedule), on its device, with weights still to be set.
 
-    vocab_size: padded, see `padded_vocab`.
+    A value head has a weight of its own, whether the language head is tied or not.
     """
     config = transformer_config(model, parallel.config)
+    vocab_size = padded_vocab(head.vocab_size, model.vocab_multiple, parallel.config.tp)
     virtual = parallel.config.vpp
     chunks = []
-    for stage in range(virtual):
-        vp_stage = stage if virtual > 1 else None
+    for turn in range(virtual):
+        vp_stage = turn if virtual > 1 else None
         chunk = HiddenGPTModel(
             config,
             block_spec(config, uses_transformer_engine(model), vp_stage),
             vocab_size,
             model.max_length,
-            pre_process=parallel.is_first_stage and stage == 0,
-            post_process=parallel.is_last_stage and stage == virtual - 1,
-            share_embeddings_and_output_weights=model.tied_head,
+            pre_process=parallel.has_embedding and turn == 0,
+            post_process=parallel.has_head and turn == virtual - 1,
+            share_embeddings_and_output_weights=model.tied_head and head.kind == "language",
             position_embedding_type="none",
             pg_collection=parallel.groups,
             vp_stage=vp_stage,
         )
+        if head.kind == "value" and chunk.post_process:
+            chunk.make_value_head()
         _mark_shards(chunk)
         chunks.append(chunk.to(platform.device()))
     return chunks
 
 
 def _mark_shards(chunk: HiddenGPTModel) -> None:
-    """Note on each weight how it is split. Megatron's layers do so only when they draw the weights themselves, yet the
-    gradient norm, our initialisation and our files go by these notes."""
+    """Mark each weight with the dimension along which it is split.
+
+    Megatron's layers do so only when they draw the weights themselves, yet the gradient norm, our initialisation and
+    our files go by these marks.
+    """
     for module in chunk.modules():
         dim = {ColumnParallelLinear: 0, VocabParallelEmbedding: 0, RowParallelLinear: 1}.get(type(module))
         if dim is not None and module.weight is not None:
@@ -153,7 +164,7 @@ def _mark_shards(chunk: HiddenGPTModel) -> None:
 def forward_hidden(
     chunk: torch.nn.Module, model: ModelConfig, token_N: Tensor, position_N: Tensor, attend: Attend
 ) -> Tensor:
-    """One chunk's forward over packed tokens: its output [N, 1, D] (hidden states on the last stage).
+    """Run one chunk forward over packed tokens: its output [N, 1, D] (hidden states where the head is).
 
     Under sequence parallelism this rank's part of it: see `local_length`.
     """
@@ -168,7 +179,7 @@ def forward_hidden(
 
 
 def local_length(num_tokens: int, config: TransformerConfig) -> int:
-    """Rows of a chunk's input and output on this rank: all tokens, or its share of them, padded to equal shares."""
+    """Count the rows of a chunk's input and output on this rank: all tokens, or a share padded to equal shares."""
     return -(-num_tokens // _sequence_ranks(config))
 
 
@@ -176,11 +187,12 @@ def _sequence_ranks(config: TransformerConfig) -> int:
     return config.tensor_model_parallel_size if config.sequence_parallel else 1
 
 
-def whole_sequence(output_N1D: Tensor, config: TransformerConfig) -> Tensor:
-    """[N, D] of a chunk's output, gathered from the ranks that share it.
+def whole_sequence(output_N1D: Tensor, config: TransformerConfig, *, partial_gradient: bool = True) -> Tensor:
+    """Gather a chunk's output [N, D] from the ranks that share it.
 
-    Its gradient must be this rank's part of the sum over them: the backward pass sums and splits at once.
+    partial_gradient: the gradient of the result is this rank's part of a sum over the ranks, which the backward pass
+    sums and splits at once; False: it is the same on every rank, and only split.
     """
     if config.sequence_parallel:
-        output_N1D = gather_from_sequence_parallel_region(output_N1D, tensor_parallel_output_grad=True)
+        output_N1D = gather_from_sequence_parallel_region(output_N1D, tensor_parallel_output_grad=partial_gradient)
     return output_N1D.squeeze(1)

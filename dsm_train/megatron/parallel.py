@@ -5,9 +5,10 @@ from __future__ import annotations
 import itertools
 import os
 import pickle
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -19,6 +20,7 @@ from dsm_train.config import ModelConfig, ParallelConfig
 from dsm_train.watchdog import Watchdog
 
 _STARTS = itertools.count()
+ValueT = TypeVar("ValueT")
 
 
 @dataclass(frozen=True)
@@ -42,40 +44,60 @@ class Parallel:
         return self.groups.dp.size()
 
     @property
-    def is_first_stage(self) -> bool:
-        """Whether this rank holds the embedding."""
+    def has_embedding(self) -> bool:
+        """True on the first rank of the pipeline."""
         return self.groups.pp.rank() == 0
 
     @property
-    def is_last_stage(self) -> bool:
-        """Whether this rank holds the head and computes losses."""
+    def has_head(self) -> bool:
+        """True on the last rank of the pipeline, which computes the losses."""
         return self.groups.pp.rank() == self.groups.pp.size() - 1
 
     @property
     def is_main(self) -> bool:
-        """Whether this rank writes files and talks to the user."""
+        """True on the rank that writes files and talks to the user."""
         return self.rank == 0
 
     @property
-    def counts_losses(self) -> bool:
-        """Whether this rank's loss values count: one rank of each tensor-parallel group of the last stage."""
-        return self.is_last_stage and self.groups.tp.rank() == 0
+    def is_replica_main(self) -> bool:
+        """True on one rank per replica, which counts its losses and samples its tokens.
+
+        It is the first tensor-parallel rank of those that have the head.
+        """
+        return self.has_head and self.groups.tp.rank() == 0
 
     def all_reduce(self, values: Tensor, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> Tensor:
-        """`values` (on the CPU) reduced over all ranks, on every one of them."""
+        """Reduce `values` (on the CPU) over all ranks, in place, on every one of them."""
         if self.world_size > 1:
             dist.all_reduce(values, op=op)
         return values
 
-    def gather_over_data(self, value: object) -> list[object]:
-        """`value` of every data-parallel replica, in rank order."""
+    def average(self, values: Mapping[str, float]) -> dict[str, float]:
+        """Average numbers over all ranks."""
+        total = self.all_reduce(torch.tensor(list(values.values()), dtype=torch.float64))
+        return dict(zip(values, (total / self.world_size).tolist(), strict=True))
+
+    def share(self, items: Sequence[ValueT]) -> list[ValueT]:
+        """Deal items out to data-parallel replicas in turn: this replica's."""
+        return list(items[self.dp_rank :: self.dp_size])
+
+    def gather_over_data(self, value: ValueT) -> list[ValueT]:
+        """Gather `value` of every data-parallel replica, in rank order."""
         if self.dp_size == 1:
             return [value]
-        values: list[object] = [None] * self.dp_size
+        values = [value] * self.dp_size
         dist.all_gather_object(values, value, group=self.groups.dp)
         return values
 
-    def exchange_over_data(self, parts: Sequence[object]) -> list[object]:
+    def gather_over_ranks(self, value: ValueT) -> list[ValueT]:
+        """Gather `value` of every rank, in rank order."""
+        if self.world_size == 1:
+            return [value]
+        values = [value] * self.world_size
+        dist.all_gather_object(values, value)
+        return values
+
+    def exchange_over_data(self, parts: Sequence[ValueT]) -> list[ValueT]:
         """Give `parts[r]` to data-parallel replica r; returns what each replica gave this one, in rank order."""
         if self.dp_size == 1:
             return list(parts)
@@ -87,21 +109,21 @@ class Parallel:
         dist.all_to_all_single(received, torch.cat(sent), sizes.tolist(), sent_sizes, group=self.groups.dp)
         return [pickle.loads(part.numpy().tobytes()) for part in received.split(sizes.tolist())]
 
-    def from_main(self, value: object) -> object:
-        """`value` of the main rank, on every rank."""
+    def from_main(self, value: ValueT) -> ValueT:
+        """Broadcast the main rank's `value` to every rank."""
         values = [value]
         if self.world_size > 1:
             dist.broadcast_object_list(values, src=0)
         return values[0]
 
-    def from_last_stage(self, values: Tensor) -> Tensor:
-        """`values` of the last pipeline stage, on every stage; in place."""
+    def from_head(self, values: Tensor) -> Tensor:
+        """Broadcast `values` of the pipeline's last rank to the others, in place."""
         if self.groups.pp.size() > 1:
             dist.broadcast(values, group=self.groups.pp, group_src=self.groups.pp.size() - 1)
         return values
 
-    def from_decider(self, values: Tensor) -> Tensor:
-        """`values` of the rank that samples (see `decides`), on every rank of its replica; in place.
+    def from_replica_main(self, values: Tensor) -> Tensor:
+        """Broadcast `values` of the rank that samples (`is_replica_main`) to its replica, in place.
 
         Ranks that hold the same replica must agree on every token, and arithmetic done twice need not agree.
         """
@@ -110,13 +132,8 @@ class Parallel:
             dist.broadcast(values, group=self.groups.mp, group_src=self.groups.mp.size() - self.groups.tp.size())
         return values
 
-    @property
-    def decides(self) -> bool:
-        """Whether this rank samples its replica's tokens: the last stage's first tensor-parallel rank."""
-        return self.counts_losses
-
     def gather_vocabulary(self, shard_BV: Tensor) -> Tensor:
-        """This stage's tensor-parallel shards [B, V / tp] side by side: [B, V], the same on each of its ranks."""
+        """Gather the tensor-parallel shards [B, V / tp] side by side: [B, V], the same on each rank."""
         if self.groups.tp.size() == 1:
             return shard_BV
         shards = [torch.empty_like(shard_BV) for _ in range(self.groups.tp.size())]
@@ -125,13 +142,13 @@ class Parallel:
 
 
 def world_size() -> int:
-    """Ranks that torchrun started; 1 without torchrun."""
+    """Count the ranks that torchrun started; 1 without torchrun."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def check_layout(parallel: ParallelConfig, model: ModelConfig, vocab_size: int) -> None:
     """Raise `ValueError` unless the layout fits the number of ranks and divides the model."""
-    world, cells = world_size(), parallel.tp * parallel.pp
+    world, cells = world_size(), parallel.model_ranks
     rules = (
         (
             world % cells == 0,
@@ -165,8 +182,8 @@ def check_layout(parallel: ParallelConfig, model: ModelConfig, vocab_size: int) 
             raise ValueError(message)
 
 
-def stage_layers(num_layers: int, stages: int) -> list[int]:
-    """Layers of each stage; what does not divide goes to the first ones, as the last one has the head."""
+def pipeline_layers(num_layers: int, stages: int) -> list[int]:
+    """Share layers out to the parts of a pipeline; the remainder goes to the first, as the last one has the head."""
     return [num_layers // stages + (stage < num_layers % stages) for stage in range(stages)]
 
 
@@ -214,7 +231,7 @@ def _join(config: ParallelConfig, alone: bool) -> None:
 
 
 def _collectives_minutes(config: ParallelConfig) -> float:
-    """When collectives give up by themselves: after the watchdog, whose line says which rank is waited for."""
+    """Minutes after which collectives give up: more than the watchdog's, whose line says which rank is waited for."""
     return 1.5 * config.timeout_minutes + 1
 
 

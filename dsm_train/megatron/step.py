@@ -7,9 +7,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Protocol, Self, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -19,63 +18,72 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.module import Float16Module
 from torch import Tensor
-from torch.distributed import ProcessGroup
 
 from dsm_train.config import ModelConfig, OptimConfig
 from dsm_train.megatron import weights
 from dsm_train.megatron.flash import FlashAttend
+from dsm_train.megatron.heads import Head, HeadSpec, LanguageHead, ValueHead
 from dsm_train.megatron.layers import Attend, PackedAttend
-from dsm_train.megatron.model import HiddenGPTModel, forward_hidden, local_length, whole_sequence
+from dsm_train.megatron.model import HiddenGPTModel, build_model, forward_hidden, local_length, whole_sequence
 from dsm_train.megatron.parallel import Parallel
+from dsm_train.megatron.weights import ModelSpec
 from dsm_train.packing.microbatch import MicroBatch
-from triton_kernels import LossOutput, linear_logprob
+from triton_kernels import linear_logprob
 
 
-@dataclass(frozen=True)
-class Head:
-    """What a loss sees of the model: the states that predict the loss rows, and the output head."""
+class Differentiable(Protocol):
+    """Anything with the scalar that is differentiated: a micro-batch's share of the step's loss."""
 
-    hidden_TD: Tensor
-    weight_VD: Tensor
-    """This rank's rows, without those that pad the vocabulary; a rank that holds padding alone has none."""
-    tp_group: ProcessGroup | None
-    """The ranks that share the vocabulary; None: this rank has all of it."""
-    reduce_dx: bool
-    """Whether the loss op sums the hidden states' gradient over them; sequence parallelism sums it afterwards."""
-    workspace_bytes: int | None
-    """Memory that the logits of a chunk may take; None: the op's default."""
+    @property
+    def loss(self) -> Tensor: ...
 
 
-Loss = Callable[[Head, MicroBatch], LossOutput]
-"""A loss: the micro-batch's share of the step's loss, already normalised over the whole optimizer step."""
+OutputT = TypeVar("OutputT", bound=Differentiable)
+ResultT = TypeVar("ResultT")
+Loss = Callable[[Any, MicroBatch], OutputT]
+"""A loss of a head and a micro-batch, already normalised over the whole optimizer step."""
 
 
 class Model:
-    """A policy in this layout: chunks to run forward, nothing to train."""
+    """A model in this layout: chunks to run forward, nothing to train."""
+
+    steps = 0
+    """Optimizer steps that the weights have seen."""
 
     def __init__(
-        self, config: ModelConfig, vocab_size: int, chunks: Sequence[HiddenGPTModel], parallel: Parallel
+        self, config: ModelConfig, spec: HeadSpec, chunks: Sequence[HiddenGPTModel], parallel: Parallel
     ) -> None:
-        """vocab_size: the tokenizer's; the weights may be padded beyond it."""
-        self.config, self.vocab_size, self.parallel = config, vocab_size, parallel
+        """Wrap this rank's chunks; `spec` is the head that they were built with."""
+        self.config, self.spec, self.parallel = config, spec, parallel
         self.chunks = list(chunks)
         self.attend = FlashAttend if config.attention == "flash" else PackedAttend
         bf16 = config.dtype == "bf16"
         self.modules: list[Any] = [Float16Module(c.config, c) if bf16 else c for c in chunks]
 
-    def _run(
-        self, loss_of: Callable[[Head, MicroBatch], Any], micro_batches: Sequence[MicroBatch], *, train: bool
-    ) -> list[Any]:
-        """Megatron's schedule; returns what `loss_of` gave on the last stage, in the order of micro-batches.
+    @classmethod
+    def build(cls, spec: ModelSpec, parallel: Parallel, *training: Any) -> Self:
+        """Build the model that is specified; training: the optimizer and the number of steps of a trainable one."""
+        return cls(spec.config, spec.head, spec.chunks(parallel), parallel, *training)
 
-        Under the interleaved schedule (virtual stages) their number must be a multiple of the pipeline's ranks.
+    def frozen_copy(self) -> Model:
+        """Copy the weights into a model of the same layout that is not trained: a reference model."""
+        copy = Model(self.config, self.spec, build_model(self.config, self.spec, self.parallel), self.parallel)
+        weights.copy_weights(self.chunks, copy.chunks)
+        return copy
+
+    def _run(
+        self, function: Callable[[Any, MicroBatch], ResultT], micro_batches: Sequence[MicroBatch], *, train: bool
+    ) -> list[ResultT]:
+        """Run Megatron's schedule; returns what `function` gave where the head is, in the order of micro-batches.
+
+        Under the interleaved schedule their number must be a multiple of the pipeline's ranks.
         """
 
         def forward_step(batches: Any, module: torch.nn.Module) -> tuple[Tensor, Callable[..., Any]]:
             self.parallel.watchdog.beat()
             batch: MicroBatch = next(batches)
             output = forward_hidden(module, self.config, batch.token_N, batch.position_N, self.attend(batch.layout))
-            return output, partial(self._loss_function, loss_of, batch)
+            return output, partial(self._loss_function, function, batch)
 
         iterators = [iter(micro_batches) for _ in self.modules]
         return get_forward_backward_func()(
@@ -90,66 +98,74 @@ class Model:
         )
 
     def _loss_function(
-        self, loss_of: Callable[[Head, MicroBatch], Any], batch: MicroBatch, output: Tensor, non_loss_data: bool = False
+        self, function: Callable[[Any, MicroBatch], Any], batch: MicroBatch, output: Tensor, non_loss_data: bool = False
     ) -> Any:
-        """Megatron's loss function: (sum, 0 tokens, output), so that nothing is divided after us."""
-        hidden_ND, tp = whole_sequence(output, self.chunks[-1].config), self.parallel.groups.tp
-        head = Head(
-            batch.states.gather(hidden_ND),
+        """Serve as Megatron's loss function: (sum, 0 tokens, output), so that nothing is divided after us."""
+        result = function(self.head(output, batch), batch)
+        if non_loss_data:
+            return result
+        return result.loss, torch.zeros([], dtype=torch.int, device=output.device), result
+
+    def head(self, output: Tensor, batch: MicroBatch) -> Head:
+        """Give the head to a loss, with the states that predict the micro-batch's loss rows."""
+        # The states' gradient of a language loss is a part on each tensor-parallel rank, of a value loss the whole.
+        is_value = self.spec.kind == "value"
+        hidden_ND = whole_sequence(output, self.chunks[-1].config, partial_gradient=not is_value)
+        hidden_TD, tp = batch.states.gather(hidden_ND), self.parallel.groups.tp
+        if is_value:
+            return ValueHead(hidden_TD, self.chunks[-1].head_weight())
+        return LanguageHead(
+            hidden_TD,
             self.head_weight(),
             tp if tp.size() > 1 else None,
             reduce_dx=not self.parallel.config.sp,
             workspace_bytes=self.config.logits_mib and self.config.logits_mib * 2**20,
         )
-        result = loss_of(head, batch)
-        if non_loss_data:
-            return result
-        return result.loss, torch.zeros([], dtype=torch.int, device=output.device), result
 
     def head_weight(self) -> Tensor:
-        """This rank's rows of the output head [V, D] without those that pad the vocabulary. On the last stage."""
+        """Slice this rank's rows of the language head [V, D] from those that pad the vocabulary. Where the head is."""
         weight_VD = self.chunks[-1].head_weight()
         first = self.parallel.groups.tp.rank() * len(weight_VD)
-        return weight_VD[: max(0, self.vocab_size - first)]
+        return weight_VD[: max(0, self.spec.vocab_size - first)]
 
     @torch.no_grad()
     def hidden(self, token_N: Tensor, position_N: Tensor, attend: Attend) -> Tensor | None:
-        """States [N, D] of one packed batch, without gradient: through all stages, on the last one; None elsewhere."""
-        layout, config = self.parallel, self.chunks[0].config
-        ring, place = dist.get_process_group_ranks(layout.groups.pp), layout.groups.pp.rank()
+        """Compute the states [N, D] of one packed batch without gradient, where the head is; None elsewhere."""
+        parallel, config = self.parallel, self.chunks[0].config
+        ring, place = dist.get_process_group_ranks(parallel.groups.pp), parallel.groups.pp.rank()
         output = torch.empty(0)
-        for turn, chunk in enumerate(self.chunks):  # stage `turn * pp + place`; the ring goes round once per turn
-            if turn or not layout.is_first_stage:
+        for turn, chunk in enumerate(self.chunks):  # part `turn * pp + place`; the ring goes round once per turn
+            if turn or not parallel.has_embedding:
                 shape = (local_length(len(token_N), config), 1, self.config.hidden_size)
                 output = torch.empty(shape, dtype=config.params_dtype, device=token_N.device)
-                dist.recv(output, src=ring[place - 1], group=layout.groups.pp)
+                dist.recv(output, src=ring[place - 1], group=parallel.groups.pp)
                 chunk.set_input_tensor(output)
             output = forward_hidden(chunk, self.config, token_N, position_N, attend)
-            if not (layout.is_last_stage and chunk is self.chunks[-1]):
-                dist.send(output.contiguous(), dst=ring[(place + 1) % len(ring)], group=layout.groups.pp)
-        return whole_sequence(output, config)[: len(token_N)] if layout.is_last_stage else None
+            if not (parallel.has_head and chunk is self.chunks[-1]):
+                dist.send(output.contiguous(), dst=ring[(place + 1) % len(ring)], group=parallel.groups.pp)
+        return whole_sequence(output, config)[: len(token_N)] if parallel.has_head else None
 
     @torch.no_grad()
     def logits(self, hidden_BD: Tensor) -> Tensor:
-        """Logits [B, V] over the whole vocabulary, fp32 out of the product as those of the log-probabilities.
+        """Compute logits [B, V] over the whole vocabulary, fp32 out of the product as those of the log-probabilities.
 
-        On the last stage, the same on each of its tensor-parallel ranks.
+        Where the head is, the same on each tensor-parallel rank.
         """
         weight_VD = self.chunks[-1].head_weight()
         if hidden_BD.is_cuda and hidden_BD.dtype == torch.bfloat16:
             logits_BV = torch.mm(hidden_BD, weight_VD.T, out_dtype=torch.float32)
         else:
             logits_BV = torch.mm(hidden_BD.float(), weight_VD.float().T)
-        return self.parallel.gather_vocabulary(logits_BV)[:, : self.vocab_size]
+        return self.parallel.gather_vocabulary(logits_BV)[:, : self.spec.vocab_size]
 
     @torch.no_grad()
     def logprobs(self, micro_batches: Sequence[MicroBatch], num_rows: int, temperature: float) -> Tensor:
-        """Log-probability of every response token of the batch the micro-batches were packed from.
+        """Compute the log-probability of every response token of the batch that the micro-batches were packed from.
 
         [T], fp32, on the CPU, on every rank of the replica.
         """
 
-        def score(head: Head, batch: MicroBatch) -> Tensor:
+        def logprob(head: LanguageHead, batch: MicroBatch) -> Tensor:
             return linear_logprob(
                 head.hidden_TD,
                 head.weight_VD,
@@ -160,26 +176,27 @@ class Model:
             ).logprob_T
 
         logprob_T = torch.zeros(num_rows)
-        results = self._run(score, micro_batches, train=False)
-        if self.parallel.is_last_stage:
+        results = self._run(logprob, micro_batches, train=False)
+        if self.parallel.has_head:
             for batch, value in zip(micro_batches, results, strict=True):
                 logprob_T[batch.row_T] = value.float().cpu()
-        return self.parallel.from_last_stage(logprob_T)
+        return self.parallel.from_head(logprob_T)
 
 
 class TrainableModel(Model):
-    """A policy with gradient buffers, optimizer and learning-rate schedule."""
+    """A model with gradient buffers, optimizer and learning-rate schedule."""
 
     def __init__(
         self,
         config: ModelConfig,
-        vocab_size: int,
+        spec: HeadSpec,
         chunks: Sequence[HiddenGPTModel],
         parallel: Parallel,
         optim: OptimConfig,
         total_steps: int,
     ) -> None:
-        super().__init__(config, vocab_size, chunks, parallel)
+        """Wrap this rank's chunks for `total_steps` optimizer steps."""
+        super().__init__(config, spec, chunks, parallel)
         layout, megatron = parallel.config, chunks[0].config
         # Weights are gathered at once after an update, never while the next forward pass runs (overlap_param_gather):
         # generation reads them without passing through the wrapper that would wait for them.
@@ -196,7 +213,7 @@ class TrainableModel(Model):
         self.restart(optim, total_steps)
 
     def restart(self, optim: OptimConfig, total_steps: int) -> None:
-        """A fresh optimizer and schedule for `total_steps` more steps; the weights stay."""
+        """Make a fresh optimizer and schedule for `total_steps` more steps; the weights stay."""
         layout, megatron = self.parallel.config, self.chunks[0].config
         self.optimizer = get_megatron_optimizer(
             OptimizerConfig(
@@ -236,17 +253,17 @@ class TrainableModel(Model):
         no_sync: Any = syncs if len(syncs) > 1 else syncs[0]
         megatron.no_sync_func = no_sync if layout.overlap else None
 
-    def forward_backward(self, micro_batches: Sequence[MicroBatch], loss: Loss) -> list[LossOutput]:
-        """Accumulate the gradient of the sum of the micro-batches' losses; gives the last stage's loss outputs."""
+    def forward_backward(self, micro_batches: Sequence[MicroBatch], loss: Loss[OutputT]) -> list[OutputT]:
+        """Accumulate the gradient of the sum of the micro-batches' losses; returns their outputs where the head is."""
         for module in self.modules:
             module.zero_grad_buffer()
         self.optimizer.zero_grad()
         return self._run(loss, micro_batches, train=True)
 
     def gradients(self) -> dict[str, Tensor]:
-        """The full gradients of the last `forward_backward` by canonical name, on the main rank (CPU, fp32).
+        """Gather the full gradients of the last `forward_backward` by canonical name, on the main rank (CPU, fp32).
 
-        {} on other ranks; all of them must call it, before `optimizer_step`, which clips.
+        {} on other ranks. Collective; call it before `optimizer_step`, which clips.
         """
         self.gather_gradients()
         return weights.gather_full(self.chunks, self.parallel, weights.gradient)
@@ -276,12 +293,12 @@ class TrainableModel(Model):
 
     @property
     def learning_rate(self) -> float:
-        """The learning rate of the next optimizer step."""
+        """Learning rate of the next optimizer step."""
         return float(self.optimizer.param_groups[0]["lr"])
 
 
 def adam_implementation() -> str:
-    """Which package's Adam Megatron found."""
+    """Name the package whose Adam Megatron found."""
     from megatron.core import optimizer
 
     package = optimizer.Adam.__module__.split(".")[0]

@@ -10,7 +10,7 @@ import hashlib
 import json
 import re
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,21 +21,24 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from dsm_train.config import ModelConfig
-from dsm_train.megatron.model import HiddenGPTModel
+from dsm_train.megatron.heads import HeadSpec, ValueLayer
+from dsm_train.megatron.model import HiddenGPTModel, build_model
 from dsm_train.megatron.parallel import Parallel
 
 _LAYER = re.compile(r"decoder\.layers\.(\d+)\.(.*)")
 WEIGHTS_FILE = "model.safetensors"
 MODEL_FILE = "model.json"
 VOCABULARY_WEIGHTS = ("embedding.word_embeddings.weight", "output_layer.weight")
-"""Weights with a row per token."""
+"""Names of the weights with a row per token."""
 _AS_GIVEN = ("layers", "attention", "dtype", "recompute", "logits_mib", "vocab_multiple", "max_length")
 
 
 def named_weights(chunks: Sequence[HiddenGPTModel]) -> Iterator[tuple[str, torch.nn.Parameter]]:
-    """(canonical name, parameter) of every weight on this rank."""
+    """Yield (canonical name, parameter) of every weight on this rank."""
     for chunk in chunks:
         for name, parameter in chunk.named_parameters():
+            if name == "output_layer.weight" and isinstance(chunk.output_layer, ValueLayer):
+                name = "value_head.weight"
             match = _LAYER.match(name)
             if match:
                 layer = int(chunk.decoder.layers[int(match[1])].layer_number) - 1  # type: ignore[arg-type]
@@ -44,7 +47,7 @@ def named_weights(chunks: Sequence[HiddenGPTModel]) -> Iterator[tuple[str, torch
 
 
 def shard(name: str, full: Tensor, parameter: torch.nn.Parameter, parallel: Parallel) -> Tensor:
-    """This rank's part of a full weight."""
+    """Cut this rank's part out of a full weight."""
     tp, rank = parallel.groups.tp.size(), parallel.groups.tp.rank()
     if tp == 1 or not getattr(parameter, "tensor_model_parallel", False):
         return full
@@ -54,7 +57,7 @@ def shard(name: str, full: Tensor, parameter: torch.nn.Parameter, parallel: Para
 
 
 def _partition_dim(parameter: torch.nn.Parameter) -> int:
-    """The dimension along which Megatron splits a weight; an attribute of its own on the parameter."""
+    """Read the dimension along which Megatron splits a weight; an attribute of its own on the parameter."""
     return getattr(parameter, "partition_dim")  # noqa: B009
 
 
@@ -65,14 +68,37 @@ def _full_shape(parameter: torch.nn.Parameter, tp: int) -> list[int]:
     return shape
 
 
+@dataclass(frozen=True)
+class ModelSpec:
+    """A model to build: its shape, its head, and where its weights come from."""
+
+    config: ModelConfig
+    head: HeadSpec
+    init: Path | None
+    """Folder of weights; None: drawn by `seed`."""
+    seed: int = 0
+
+    def chunks(self, parallel: Parallel) -> list[HiddenGPTModel]:
+        """Build this rank's part of the model, with its initial weights."""
+        chunks = build_model(self.config, self.head, parallel)
+        if self.init is not None:
+            load_weights(self.init, chunks, parallel)
+        else:
+            initialise(chunks, self.config, self.seed, parallel)
+        return chunks
+
+
 @torch.no_grad()
 def initialise(chunks: Sequence[HiddenGPTModel], model: ModelConfig, seed: int, parallel: Parallel) -> None:
-    """Draw all weights: normal(0, init_std), norms 1, projections into the residual stream / sqrt(2 num_layers)."""
+    """Draw all weights: normal(0, init_std), norms 1, projections into the residual stream / sqrt(2 num_layers).
+
+    A value head starts at 0: so do all values.
+    """
     for name, parameter in named_weights(chunks):
-        if "norm" in name:
-            parameter.fill_(1.0)
+        if "norm" in name or name == "value_head.weight":
+            parameter.fill_(1.0 if "norm" in name else 0.0)
             continue
-        # A tied head on another pipeline stage must start as the embedding's copy.
+        # A tied head on another pipeline rank must start as the embedding's copy.
         tied_copy = model.tied_head and name == "output_layer.weight"
         drawn_as = "embedding.word_embeddings.weight" if tied_copy else name
         generator = torch.Generator().manual_seed(_name_seed(seed, drawn_as))
@@ -96,7 +122,7 @@ def copy_weights(source: Sequence[HiddenGPTModel], target: Sequence[HiddenGPTMod
 
 
 def gradient(parameter: torch.nn.Parameter) -> Tensor:
-    """What the data-parallel buffers have accumulated of a weight's gradient, fp32."""
+    """Read a weight's gradient from the data-parallel buffers, fp32."""
     return getattr(parameter, "main_grad")  # noqa: B009 (an attribute of Megatron's)
 
 
@@ -106,34 +132,34 @@ def gather_full(
     parallel: Parallel,
     value: Callable[[torch.nn.Parameter], Tensor] = lambda parameter: parameter,
 ) -> dict[str, Tensor]:
-    """`value` of every weight (itself, its gradient, ...) as full tensors by canonical name, on the main rank's CPU.
+    """Gather `value` of every weight (itself, its gradient, ...) as full tensors by canonical name, on the main CPU.
 
-    {} on other ranks; all of them must call it. A tied head that lies on a stage of its own is a copy, and left out.
+    {} on other ranks. Collective. A tied head on another pipeline rank is a copy, and left out.
     """
     if parallel.dp_rank > 0:
         return {}
     whole = {name: _whole(name, parameter, value(parameter), parallel) for name, parameter in named_weights(chunks)}
     if chunks[0].share_embeddings_and_output_weights:
         whole.pop("output_layer.weight", None)
-    stages, groups = parallel.groups.pp, parallel.groups
-    if stages.size() == 1 or groups.tp.rank() > 0:
+    pipeline, groups = parallel.groups.pp, parallel.groups
+    if pipeline.size() == 1 or groups.tp.rank() > 0:
         return whole if parallel.is_main else {}
-    shapes: list[Any] = [None] * stages.size()
-    dist.all_gather_object(shapes, {name: (x.shape, x.dtype) for name, x in whole.items()}, group=stages)
-    for stage in range(1, stages.size()):
-        source = dist.get_process_group_ranks(stages)[stage]
-        for name, (shape, dtype) in shapes[stage].items():
+    shapes: list[Any] = [None] * pipeline.size()
+    dist.all_gather_object(shapes, {name: (x.shape, x.dtype) for name, x in whole.items()}, group=pipeline)
+    for place in range(1, pipeline.size()):
+        source = dist.get_process_group_ranks(pipeline)[place]
+        for name, (shape, dtype) in shapes[place].items():
             parallel.watchdog.beat()
             if parallel.is_main:
                 whole[name] = torch.empty(shape, dtype=dtype)
-                dist.recv(whole[name], src=source, group=stages)
+                dist.recv(whole[name], src=source, group=pipeline)
             elif parallel.rank == source:
-                dist.send(whole[name], dst=0, group=stages)
+                dist.send(whole[name], dst=0, group=pipeline)
     return whole if parallel.is_main else {}
 
 
 def _whole(name: str, parameter: torch.nn.Parameter, part: Tensor, parallel: Parallel) -> Tensor:
-    """A weight put together from the tensor-parallel ranks' parts, on the CPU: the inverse of `shard`."""
+    """Put a weight together from the tensor-parallel ranks' parts, on the CPU: the inverse of `shard`."""
     parallel.watchdog.beat()  # a large model takes its time
     group = parallel.groups.tp
     if group.size() == 1 or not getattr(parameter, "tensor_model_parallel", False):
@@ -152,9 +178,9 @@ def difference_of_copies(
     parallel: Parallel,
     value: Callable[[torch.nn.Parameter], Tensor] = lambda parameter: parameter,
 ) -> float:
-    """The largest difference between two ranks' copies of the same weight, or `value` of it; all ranks call it.
+    """Find the largest difference between two ranks' copies of the same weight, or `value` of it. Collective.
 
-    Copies: data-parallel replicas, weights that tensor parallelism does not split, and a tied head's on the last stage.
+    Copies: data-parallel replicas, weights that tensor parallelism does not split, and a tied head's.
     """
     largest = torch.zeros(())
     for name, parameter in named_weights(chunks):
@@ -167,7 +193,7 @@ def difference_of_copies(
         mine = value(parameter).detach().float()
         for group in groups:
             if group.size() > 1:
-                extremes = torch.stack([mine, -mine])  # the largest, and the smallest turned round
+                extremes = torch.stack([mine, -mine])  # the maximum of the second is minus the minimum
                 dist.all_reduce(extremes, dist.ReduceOp.MAX, group=group)
                 largest = torch.maximum(largest, extremes.sum(0).max().cpu())
     return float(parallel.all_reduce(largest, dist.ReduceOp.MAX))
@@ -189,7 +215,7 @@ def save_weights(folder: Path, chunks: Sequence[HiddenGPTModel], model: ModelCon
 
 
 def saved_model(folder: Path, model: ModelConfig) -> ModelConfig:
-    """The configuration of saved weights, but for how to run them (`_AS_GIVEN`), which stays as in `model`.
+    """Read the configuration of saved weights; how to run them (`_AS_GIVEN`) stays as in `model`.
 
     Raises `ValueError` when the folder holds no weights, or none that this trainer wrote.
     """
@@ -228,7 +254,7 @@ def load_weights(folder: Path, chunks: Sequence[HiddenGPTModel], parallel: Paral
     full = load_file(folder / WEIGHTS_FILE)
     for name, parameter in named_weights(chunks):
         if chunks[0].share_embeddings_and_output_weights and name == "output_layer.weight":
-            name = "embedding.word_embeddings.weight"  # the last stage's copy of a tied head
+            name = "embedding.word_embeddings.weight"  # the copy of a tied head where the head is
         if name not in full:
             raise ValueError(
                 f"run.init: {folder / WEIGHTS_FILE} has no weight {name}; was it written with another model?"

@@ -1,1 +1,1 @@
-"""Responses to packed micro-batches of even cost."""
+"""Packing: sequences to micro-batches of even cost, in which a group's prompt stands once."""

@@ -1,4 +1,4 @@
-"""What responses take of a token budget or of a rank's time, and how a line of them is cut evenly.
+"""Additive costs of responses (tokens, or floating-point operations), and even cuts of a line of responses.
 
 Responses that are computed together share their group's prompt: it counts once in every part that holds one of them.
 S responses, P prompts (groups).
@@ -20,24 +20,24 @@ from dsm_train.types import Sequences
 
 
 @dataclass(frozen=True)
-class Load:
-    """What responses take of something that adds up: consecutive ones their own, and the prompts of their groups once.
+class Cost:
+    """Additive cost of a line of responses.
 
-    In integers from 0 on.
+    A slice costs the sum of its responses plus each distinct prompt once. Non-negative integers.
     """
 
     own_S: Tensor
-    """What each response takes beside its prompt."""
+    """Cost of each response without its prompt."""
     prompt_P: Tensor
-    """What each prompt takes."""
+    """Cost of each prompt."""
     group_cu: Tensor
     """Offsets of the groups, in responses [P + 1]."""
 
     @staticmethod
-    def concatenate(parts: Sequence[Load]) -> Load:
-        """Loads after each other, each part with prompts of its own."""
+    def concatenate(parts: Sequence[Cost]) -> Cost:
+        """Concatenate costs; each part keeps prompts of its own."""
         size_P = torch.cat([part.group_cu.diff() for part in parts])
-        return Load(
+        return Cost(
             torch.cat([part.own_S for part in parts]),
             torch.cat([part.prompt_P for part in parts]),
             torch.cat([size_P.new_zeros(1), size_P.cumsum(0)]),
@@ -45,7 +45,7 @@ class Load:
 
     @cached_property
     def sums(self) -> tuple[list[int], list[int]]:
-        """(begin, end), [S + 1] each: responses i..j - 1, one at least, take end[j] - begin[i]. Exact at any size."""
+        """(begin, end), [S + 1] each: responses i..j - 1, at least one, cost end[j] - begin[i]. Exact at any size."""
         size_P = self.group_cu.diff().long()
         group_S = torch.repeat_interleave(size_P).tolist()
         own = [0, *accumulate(self.own_S.tolist())]
@@ -57,29 +57,29 @@ class Load:
 
     @property
     def total(self) -> int:
-        """What all of them take together."""
+        """Cost of all responses together."""
         return self.sums[1][-1]
 
     @property
     def largest(self) -> int:
-        """The most that one response takes, with its prompt."""
+        """Cost of the most expensive response, with its prompt."""
         begin, end = self.sums
         return max((last - first for first, last in zip(begin[:-1], end[1:], strict=True)), default=0)
 
     def reach(self, first: int, limit: int) -> int:
-        """The end of the longest part from `first` on that takes at most `limit`."""
+        """Find the end of the longest slice from `first` that costs at most `limit`, by bisection."""
         begin, end = self.sums
         return bisect_right(end, begin[first] + limit) - 1
 
 
-def token_load(sequences: Sequences) -> Load:
-    """Packed tokens: of a prompt all, of a response all but the last, which predicts nothing."""
+def token_cost(sequences: Sequences) -> Cost:
+    """Count packed tokens: all of a prompt, and all of a response but the last, which predicts nothing."""
     kept_S = (sequences.response_cu.diff() - 1).clamp(min=0)
-    return Load(kept_S.long(), sequences.prompt_cu.diff().long(), sequences.group_cu)
+    return Cost(kept_S.long(), sequences.prompt_cu.diff().long(), sequences.group_cu)
 
 
-def estimated_cost(sequences: Sequences, model: ModelConfig, vocab_size: int) -> Load:
-    """Floating-point operations that a training step spends.
+def estimated_cost(sequences: Sequences, model: ModelConfig, vocab_size: int) -> Cost:
+    """Estimate the floating-point operations of a training step.
 
     3 * (2 n W + 4 a layers * heads * head_size + 2 r hidden * vocab_size), for n packed tokens, a pairs of tokens that
     see each other, r loss rows and the W weights of all layers: two operations per weight and token, attention's two
@@ -89,23 +89,23 @@ def estimated_cost(sequences: Sequences, model: ModelConfig, vocab_size: int) ->
     heads, D, K = model.num_heads, model.hidden_size, model.kv_channels
     weights = model.num_layers * (2 * D * K * (heads + model.num_kv_heads) + 3 * D * model.ffn_size)
     attention = model.num_layers * heads * K
-    tokens, r = token_load(sequences), sequences.response_cu.diff().long()
+    tokens, r = token_cost(sequences), sequences.response_cu.diff().long()
     p, k, p_S = tokens.prompt_P, tokens.own_S, tokens.prompt_P[sequences.prompt_of_response_S]
     # p * p and k * (2 p + k) are twice the pairs.
     own_S = 6 * (k * weights + k * (2 * p_S + k) * attention + r * (D * vocab_size))
-    return Load(own_S, 6 * (p * weights + p * p * attention), sequences.group_cu)
+    return Cost(own_S, 6 * (p * weights + p * p * attention), sequences.group_cu)
 
 
-def fewest_parts(load: Load, limit: int) -> int:
-    """Consecutive parts of at most `limit` that hold all responses, none of which takes more."""
-    return len(_fill((load, limit))) - 1
+def fewest_parts(cost: Cost, limit: int) -> int:
+    """Count the consecutive parts of at most `limit` that hold all responses; none of them may cost more."""
+    return len(_fill((cost, limit))) - 1
 
 
-def cut_evenly(cost: Load, count: int, size: Load | None = None, max_size: int = 0) -> list[int]:
+def cut_evenly(cost: Cost, count: int, size: Cost | None = None, max_size: int = 0) -> list[int]:
     """Cut a line into `count` consecutive parts whose largest cost is the least possible: boundaries [count + 1].
 
-    `size`: no part is larger than `max_size`. A part may be empty. Bisection over the largest cost; one that parts can
-    be filled up to is found by filling them. Raises `ValueError` when the sizes need more parts.
+    `size`: no part is larger than `max_size`. A part may be empty. Binary search over the largest part's cost; greedy
+    fill tests whether a bound is feasible. Raises `ValueError` when the sizes need more parts.
     """
     sizes = [] if size is None else [(size, max_size)]
     if size is not None and (size.largest > max_size or fewest_parts(size, max_size) > count):
@@ -121,9 +121,9 @@ def cut_evenly(cost: Load, count: int, size: Load | None = None, max_size: int =
     return cuts + cuts[-1:] * (count + 1 - len(cuts))
 
 
-def _fill(*limits: tuple[Load, int]) -> list[int]:
-    """Boundaries of the fewest consecutive parts that keep all limits. A part of a part takes no more than it."""
+def _fill(*limits: tuple[Cost, int]) -> list[int]:
+    """Fill parts greedily: boundaries of the fewest that keep all limits. Optimal, as a sub-slice never costs more."""
     cuts, end = [0], len(limits[0][0].own_S)
     while cuts[-1] < end:
-        cuts.append(min(load.reach(cuts[-1], limit) for load, limit in limits))
+        cuts.append(min(cost.reach(cuts[-1], limit) for cost, limit in limits))
     return cuts

@@ -18,38 +18,45 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from dsm_train.packing.cost import Load, cut_evenly, fewest_parts, token_load
+from dsm_train.packing.cost import Cost, cut_evenly, fewest_parts, token_cost
 from dsm_train.types import Sequences, offsets, spans
 from triton_kernels import PackedLayout
 
 
 @dataclass(frozen=True)
 class States:
-    """Which hidden state predicts each loss row: a prompt's last one predicts the first token of all its responses."""
+    """Map of loss rows to the hidden states that predict them.
+
+    A prompt's last state predicts the first token of all its responses.
+    """
 
     state_T: Tensor
     """Index into N."""
     order_T: Tensor
-    """The loss rows sorted by their state."""
+    """Loss rows sorted by their state."""
     state_U: Tensor
-    """The states that predict a row."""
+    """States that predict a row."""
     count_U: Tensor
-    """How many each of them predicts."""
+    """Number of rows that each of them predicts."""
 
     @staticmethod
     def of(state_T: Tensor, device: torch.device) -> States:
-        """From indices on the CPU."""
+        """Build from indices on the CPU."""
         order_T = torch.argsort(state_T, stable=True)
         state_U, count_U = torch.unique_consecutive(state_T[order_T], return_counts=True)
         return States(*(x.to(device) for x in (state_T, order_T, state_U, count_U)))
 
     def gather(self, hidden_ND: Tensor) -> Tensor:
-        """[T, D]. Backwards, a state's rows are added in their order, in fp32 at least, and rounded once."""
+        """Gather [T, D]. The backward pass adds a state's rows in their order, in fp32 at least, and rounds once."""
         return _Gather.apply(hidden_ND, self)
 
 
 class _Gather(torch.autograd.Function):
-    """Of rows taken twice, index_select sums the gradient by atomics on a GPU, and indexing rounds at each sum."""
+    """Gather whose gradient is summed in a fixed order.
+
+    A state may predict several rows: index_select would add their gradients with atomics, in no fixed order, and
+    indexing would round after every addition.
+    """
 
     @staticmethod
     def forward(ctx: Any, hidden_ND: Tensor, states: States) -> Tensor:
@@ -78,11 +85,11 @@ class MicroBatch:
     position_N: Tensor
     """Position of each token in its sequence."""
     layout: PackedLayout
-    """Which tokens see each other."""
+    """Layout of attention: which tokens see each other."""
     states: States
-    """The states that predict the loss rows."""
+    """States that predict the loss rows."""
     target_T: Tensor
-    """The token that each loss row predicts."""
+    """Token that each loss row predicts."""
     response_cu: Tensor
     """Offsets of the responses in loss rows [S + 1], int32."""
     row_T: Tensor
@@ -90,9 +97,9 @@ class MicroBatch:
 
     @staticmethod
     def of(sequences: Sequences, first_row: int, device: torch.device) -> MicroBatch:
-        """All of the sequences, the first of whose tokens is that of number `first_row` in the whole batch."""
+        """Pack all of the sequences; their first response token is row `first_row` of the whole batch."""
         prompt_of_S, length_S = sequences.prompt_of_response_S, sequences.response_cu.diff().long()
-        tokens, first_P = token_load(sequences), sequences.group_cu[:-1].long()
+        tokens, first_P = token_cost(sequences), sequences.group_cu[:-1].long()
         # Before each response, if it is the first of its group, the prompt; then the response.
         prompt_S = torch.zeros_like(length_S).index_copy(0, first_P, tokens.prompt_P)
         responses_begin = sequences.prompt_token.numel()
@@ -116,8 +123,8 @@ class MicroBatch:
         )
 
 
-def _layout(tokens: Load, prompt_of_S: Tensor, device: torch.device) -> PackedLayout:
-    """A group of one response is a sequence like any other; an empty buffer gets one token."""
+def _layout(tokens: Cost, prompt_of_S: Tensor, device: torch.device) -> PackedLayout:
+    """Build the attention layout: a group of one response is an ordinary sequence; an empty buffer gets one token."""
     alone_P = tokens.group_cu.diff() == 1
     prompt_P = torch.where(alone_P, 0, tokens.prompt_P)
     response_S = tokens.own_S + (tokens.prompt_P - prompt_P)[prompt_of_S]
@@ -129,15 +136,15 @@ def _layout(tokens: Load, prompt_of_S: Tensor, device: torch.device) -> PackedLa
 
 
 def pack(
-    sequences: Sequences, max_tokens: int, device: torch.device, *, cost: Load | None = None, multiple: int = 1
+    sequences: Sequences, max_tokens: int, device: torch.device, *, cost: Cost | None = None, multiple: int = 1
 ) -> list[MicroBatch]:
-    """All responses, in order, in micro-batches of at most `max_tokens` tokens; prompts are shared within groups.
+    """Pack all responses, in order, into micro-batches of at most `max_tokens` tokens; groups share their prompt.
 
-    As few as the budget allows, at least one, rounded up to a multiple of `multiple`, and cut where the largest cost is
-    the least possible (`cost` as of `estimated_cost`; the tokens unless given). Those that get no response are empty:
-    they keep this rank's collectives in step. Raises `ValueError` when one sequence alone is longer.
+    As few micro-batches as the budget allows, at least one, rounded up to a multiple of `multiple`, cut so that the
+    largest cost is the least possible (`cost` as `estimated_cost` gives it; tokens by default). A micro-batch without
+    responses keeps this rank's collectives in step. Raises `ValueError` when one sequence alone is longer.
     """
-    tokens = token_load(sequences)
+    tokens = token_cost(sequences)
     if tokens.largest > max_tokens:
         raise ValueError(
             f"a sequence of {tokens.largest} tokens does not fit a micro-batch of run.max_tokens = {max_tokens}"
@@ -151,7 +158,7 @@ def pack(
 
 
 def repeat_prompts(sequences: Sequences) -> Sequences:
-    """The same responses, each with a prompt of its own: groups of one."""
+    """Give each response a prompt of its own: groups of one."""
     prompt_of_S = sequences.prompt_of_response_S
     length_S = sequences.prompt_cu.diff()[prompt_of_S]
     return replace(
@@ -163,6 +170,6 @@ def repeat_prompts(sequences: Sequences) -> Sequences:
 
 
 def sequence_lengths(sequences: Sequences) -> Tensor:
-    """Tokens of each sequence [S] on its own: its prompt, and its response less the last token."""
-    tokens = token_load(sequences)
+    """Count the packed tokens of each sequence alone [S]: its prompt, and its response less the last token."""
+    tokens = token_cost(sequences)
     return tokens.own_S + tokens.prompt_P[sequences.prompt_of_response_S]

@@ -94,6 +94,13 @@ class EmbeddedEngine:
         self.model, self.seed = model, seed
         self.stop_ids = torch.tensor(sorted(stop_ids))
 
+    def sync(self, model: Model) -> None:
+        """Do nothing: the engine samples with the model's live weights."""
+        assert model is self.model
+
+    def close(self) -> None:
+        """Do nothing: there is nothing to release."""
+
     @torch.no_grad()
     def generate(self, prompts: Sequence[Prompt], num_samples: int, sampling: SamplingConfig, *, step: int) -> Rollouts:
         """See `RolloutEngine.generate`. Raises `ValueError` for a prompt without tokens."""
@@ -166,9 +173,9 @@ class _Decoding:
         logits_BV = None if hidden_BD is None else self.model.logits(hidden_BD)
         # fp64 holds tokens and fp32 numbers exactly.
         chosen = torch.empty(3, rows.numel(), dtype=torch.float64, device=self.device)
-        if logits_BV is not None and parallel.decides:
+        if logits_BV is not None and parallel.is_replica_main:
             chosen = self._sample(logits_BV)
-        token_B, logprob_B, margin_B = parallel.from_decider(chosen)
+        token_B, logprob_B, margin_B = parallel.from_replica_main(chosen)
         token_B = token_B.long()
         self.token_BR[rows, self.emitted] = token_B
         self.logprob_BR[rows, self.emitted] = logprob_B.float()
@@ -212,5 +219,5 @@ class _Decoding:
             rollout_logprob_T=self.logprob_BR.cpu()[taken],
             margin_T=self.margin_BR.cpu()[taken],
             finished_S=self.finished_B.cpu(),
-            weight_version=getattr(self.model, "steps", 0),
+            weight_version=self.model.steps,
         )

@@ -5,12 +5,21 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
+from dsm_train.megatron.step import Model
 from dsm_train.rollout.config import SamplingConfig
 from dsm_train.types import Prompt, Rollouts
 
 
 class RolloutEngine(Protocol):
     """Samples responses with the policy's current weights."""
+
+    def sync(self, model: Model) -> None:
+        """Take over the model's weights. Collective."""
+        ...
+
+    def close(self) -> None:
+        """Release what the engine holds."""
+        ...
 
     def generate(self, prompts: Sequence[Prompt], num_samples: int, sampling: SamplingConfig, *, step: int) -> Rollouts:
         """`num_samples` responses to each prompt.

@@ -23,7 +23,6 @@ import torch
 from torch import Tensor
 
 from dsm_train.megatron.parallel import Parallel
-from dsm_train.reporting.metrics import prepare_output
 from dsm_train.types import Rollouts, Sequences, offsets
 
 FORMAT_VERSION = "1"
@@ -31,21 +30,18 @@ _VERSION, _WEIGHTS = b"dsm_rollouts_version", b"dsm_weight_version"
 _PER_TOKEN = ("rollout_logprob", "margin", "ref_logprob", "old_logprob")
 
 
-def check_writable(path: Path) -> None:
-    """Prove that a record can be written here before anything is trained; raises `ValueError` with the remedy."""
-    if path.is_dir():
-        raise ValueError(f"record = {path} is a folder: name a file, such as {path / 'step.parquet'}")
-    prepare_output(path.parent)
-
-
 def write_rollouts(path: Path, rollouts: Rollouts, parallel: Parallel) -> None:
-    """Write the rollouts of all data-parallel replicas, in rank order, in one atomic rename; called on every rank."""
-    replicas = [part for part in parallel.gather_over_data(rollouts) if isinstance(part, Rollouts)]
+    """Write the rollouts of all data-parallel replicas, in the order of drawing, in one atomic rename. Collective."""
+    replicas = parallel.gather_over_data(rollouts)
     if not parallel.is_main:
         return
+    whole = Rollouts.concatenate(replicas)
+    # Questions were dealt out in turn: group g of replica r is number g * replicas + r.
+    place = [g * len(replicas) + r for r, part in enumerate(replicas) for g in range(part.sequences.num_prompts)]
+    whole = whole.take(whole.sequences.responses_of(torch.tensor(place, dtype=torch.int64).argsort()))
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(path.name + ".tmp")
-    pq.write_table(_to_table(Rollouts.concatenate(replicas)), unfinished, compression="zstd", write_page_checksum=True)
+    pq.write_table(_to_table(whole), unfinished, compression="zstd", write_page_checksum=True)
     unfinished.replace(path)
 
 
@@ -81,9 +77,9 @@ def _to_table(rollouts: Rollouts) -> pa.Table:
         "response_token": _lists(sequences.response_token_T, sequences.response_cu),
         "finish": pa.array(np.where(rollouts.finished_S.numpy(), "stop", "length"), type=pa.string()),
     }
-    scored = rollouts.reward_S.numel() == sequences.num_responses
+    reward_S = rollouts.reward_S
     columns["reward"] = (
-        pa.array(rollouts.reward_S.numpy()) if scored else pa.nulls(sequences.num_responses, pa.float32())
+        pa.nulls(sequences.num_responses, pa.float32()) if reward_S is None else pa.array(reward_S.numpy())
     )
     for name in _PER_TOKEN:
         value_T: Tensor | None = getattr(rollouts, f"{name}_T")

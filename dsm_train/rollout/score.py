@@ -6,6 +6,7 @@ P prompts, S responses, T response tokens.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 
@@ -23,18 +24,20 @@ def score(rollouts: Rollouts, tasks: Sequence[Task], tokenizer: Tokenizer, confi
         reward(tokenizer.decode(sequences.response(s).tolist()), tasks[p].answer, config)
         for s, p in enumerate(sequences.prompt_of_response_S.tolist())
     ]
-    return rollouts.with_(reward_S=torch.tensor(rewards, dtype=torch.float32))
+    return replace(rollouts, reward_S=torch.tensor(rewards, dtype=torch.float32))
 
 
 def shuffle_rewards(rollouts: Rollouts, seed: int, step: int) -> Rollouts:
     """Control experiment: the same rewards on other responses, so that they carry no information."""
     generator = torch.Generator().manual_seed(hash((seed, step)) & 0x7FFFFFFF)
+    assert rollouts.reward_S is not None
     order = torch.randperm(rollouts.reward_S.numel(), generator=generator)
-    return rollouts.with_(reward_S=rollouts.reward_S[order])
+    return replace(rollouts, reward_S=rollouts.reward_S[order])
 
 
 def read_samples(rollouts: Rollouts, tasks: Sequence[Task], tokenizer: Tokenizer, count: int) -> list[Sample]:
     """The first response of each of the first `count` groups, as a person would read it."""
+    assert rollouts.reward_S is not None
     samples = []
     for p, task in enumerate(tasks[:count]):
         s = int(rollouts.sequences.group_cu[p])
@@ -53,6 +56,7 @@ def read_samples(rollouts: Rollouts, tasks: Sequence[Task], tokenizer: Tokenizer
 def rollout_metrics(rollouts: Rollouts) -> dict[str, float]:
     """What a step's rollouts were like, on this replica."""
     sequences = rollouts.sequences
+    assert rollouts.reward_S is not None
     reward_PG = rollouts.reward_S.view(sequences.num_prompts, -1)
     spread_P = reward_PG.amax(1) - reward_PG.amin(1)
     return {

@@ -1,38 +1,55 @@
-"""The stages `eval` and `generate`."""
+"""Stages `eval` and `generate`: a model answers, and nothing is trained."""
 
 from __future__ import annotations
 
 import json
+import sys
+from typing import Any
 
 from dsm_train.cli import user_errors
 from dsm_train.configs import EvaluateConfig, GenerateConfig
 from dsm_train.data.tasks import Task
-from dsm_train.run import check_lengths, start
+from dsm_train.eval.evaluate import Evaluator
+from dsm_train.megatron.step import Model
+from dsm_train.prepare import check_lengths, prepare
+from dsm_train.rollout.embedded import EmbeddedEngine
+from dsm_train.run import start
 from dsm_train.types import Prompt
 
 
 def evaluate(config: EvaluateConfig) -> None:
-    """Stage `eval`: prints, and writes eval.json."""
-    with start(config, config.sampling, "dsm-train eval", trains=False) as run:
-        evaluator = run.evaluator(run.model(), config.sampling)
-        result: dict[str, object] = {"tasks": len(run.tasks.heldout)}
-        result["greedy_accuracy"] = evaluator.greedy_accuracy(run.tasks.heldout)
+    """Measure accuracy on held-out tasks; printed, and written to eval.json."""
+    prog = "dsm-train eval"
+    with user_errors(prog):
+        config, questions = prepare(config, config.sampling)
+    with start(config, prog, trains=False) as job:
+        tokenizer, heldout = questions.tokenizer, questions.tasks.heldout
+        model = Model.build(job.language_model(tokenizer.vocab_size), job.parallel)
+        engine = EmbeddedEngine(model, [tokenizer.eos_id], config.run.seed)
+        evaluator = Evaluator(engine, tokenizer, job.parallel, config.sampling)
+        result: dict[str, Any] = {"tasks": len(heldout), "greedy_accuracy": evaluator.greedy_accuracy(heldout)}
         if config.eval.samples:
-            result["pass_at_k"] = evaluator.pass_at_k(run.tasks.heldout, config.eval.samples)
-        run.say(json.dumps(result))
-        if run.parallel.is_main:
+            result["pass_at_k"] = evaluator.pass_at_k(heldout, config.eval.samples)
+        job.say(json.dumps(result))
+        if job.parallel.is_main:
             (config.run.out / "eval.json").write_text(json.dumps(result, indent=2) + "\n")
 
 
 def generate(config: GenerateConfig) -> None:
-    """Stage `generate`: prints responses."""
-    with start(config, config.sampling, "dsm-train generate", trains=False) as run:
-        texts = config.prompts or tuple(task.prompt for task in run.tasks.heldout[:4])
-        with user_errors("dsm-train generate"):
-            given = [Task(i, text, answer="", solution=None) for i, text in enumerate(texts)]
-            check_lengths(config, config.sampling, given, run.tokenizer)
-        prompts = [Prompt(i, run.tokenizer.encode(text)) for i, text in enumerate(texts)]
-        rollouts = run.engine(run.model()).generate(prompts, config.num_samples, config.sampling, step=-1)
+    """Sample responses to prompts, and print them."""
+    prog = "dsm-train generate"
+    with user_errors(prog):
+        config, questions = prepare(config, config.sampling)
+        tokenizer = questions.tokenizer
+        texts = config.prompts or tuple(task.prompt for task in questions.tasks.heldout[:4])
+        given = [Task(i, text, answer="", solution=None) for i, text in enumerate(texts)]
+        check_lengths(config, config.sampling, given, tokenizer)
+    with start(config, prog, trains=False) as job:
+        model = Model.build(job.language_model(tokenizer.vocab_size), job.parallel)
+        engine = EmbeddedEngine(model, [tokenizer.eos_id], config.run.seed)
+        prompts = [Prompt(task.id, tokenizer.encode(task.prompt)) for task in given]
+        rollouts = engine.generate(prompts, config.num_samples, config.sampling, step=-1)
+        bold, plain = ("\033[1m", "\033[0m") if sys.stdout.isatty() else ("", "")
         for s, p in enumerate(rollouts.sequences.prompt_of_response_S.tolist()):
-            response = run.tokenizer.decode(rollouts.sequences.response(s).tolist())
-            run.say(f"{texts[p]}\033[1m{response}\033[0m" if run.is_terminal else f"{texts[p]}{response}")
+            response = tokenizer.decode(rollouts.sequences.response(s).tolist())
+            job.say(f"{texts[p]}{bold}{response}{plain}")

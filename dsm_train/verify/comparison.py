@@ -1,26 +1,27 @@
-"""Two runs of one optimizer step compared: loss, gradient norm, every gradient, updated weights; and a table of it."""
+"""Comparison of replays in two layouts: loss, gradient norm, every gradient, updated weights; and a table of it."""
 
 from __future__ import annotations
 
 import math
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from triton_kernels import LossStats
+from dsm_train.losses import Stats
 
 
 @dataclass(frozen=True)
 class Step:
-    """What one optimizer step did; tensors are full, by canonical name, on the main rank's CPU."""
+    """One optimizer step; tensors are full, by canonical name, on the main rank's CPU."""
 
     loss: float
     terms: float
     """Sum of the absolute terms of the loss, by which a difference of losses is judged: they may cancel."""
     grad_norm: float
+    lr: float
     gradient: dict[str, Tensor]
     before: dict[str, Tensor]
     """Weights before the update."""
@@ -28,27 +29,48 @@ class Step:
     """Weights after it."""
     apart: float
     """The largest difference between two ranks' copies of the same gradient or weight; copies are equal to the bit."""
-    stats: LossStats
+    stats: Stats
     num_responses: int
     num_tokens: int
     near_edge: int
-    """Tokens whose ratio is so close to where it clips that rounding may decide."""
+    """Number of tokens whose ratio is so close to where it clips that rounding may decide."""
+
+
+@dataclass(frozen=True)
+class Replayed:
+    """The exploration stages that were replayed in one layout, on the main rank."""
+
+    steps: list[Step]
+    """All optimizer steps, in order."""
+    logprobs: list[dict[str, Tensor]]
+    """Old and reference log-probabilities [T] of each exploration stage's batch, as this layout computed them."""
 
 
 @dataclass(frozen=True)
 class Tolerance:
-    """How far two layouts may be apart."""
+    """Bounds on the difference between two layouts."""
 
     relative: float
-    """Of loss, gradient norm and gradients, relative to their sizes."""
+    """Bound on loss, gradient norm and gradients, relative to their sizes."""
     counted: float
     """A weight counts where its gradient is above this share of the tensor's typical one."""
     edge: float
     """A ratio within this of where it clips may fall on either side."""
+    update: float = 1e-3
+    """Bound on the weights' updates, relative to the largest of a tensor."""
+
+    @property
+    def later(self) -> Tolerance:
+        """Bounds from the second optimizer step on.
+
+        Adam's first step is the gradient's sign, so that weights whose gradient is rounding alone have moved apart.
+        """
+        return replace(self, relative=LATER * self.relative, update=LATER * self.update)
 
 
 TOLERANCES = {"fp32": Tolerance(1e-5, 1e-3, 1e-4), "bf16": Tolerance(3e-2, 0.3, 1e-2)}
-UPDATE_TOLERANCE = 1e-3
+LATER = 10.0
+"""Ratio of the bounds of later steps to those of the first."""
 
 
 @dataclass(frozen=True)
@@ -65,12 +87,28 @@ class Line:
 
     @property
     def holds(self) -> bool:
-        """Whether the difference is within the tolerance; NaN is not."""
+        """True where the difference is within the tolerance; NaN is not."""
         return self.difference <= self.tolerance
 
 
-def compare(here: Step, there: Step, tolerance: Tolerance) -> list[Line]:
-    """A line per quantity; gradients by kind of weight, with the worst tensor of each."""
+def compare(here: Replayed, there: Replayed, tolerance: Tolerance) -> list[Line]:
+    """Compare the log-probabilities of each exploration stage, and each optimizer step; a line per quantity."""
+    lines = []
+    for number, (ours, theirs) in enumerate(zip(here.logprobs, there.logprobs, strict=True), start=1):
+        of_stage = f" of stage {number}" if len(here.logprobs) > 1 else ""
+        for name, logprob_T in theirs.items():
+            difference = ((ours[name] - logprob_T).abs() / (1 + logprob_T.abs())).max() if len(logprob_T) else 0.0
+            mean, other = (float(values.mean()) if len(values) else 0.0 for values in (ours[name], logprob_T))
+            lines.append(Line(f"{name} log-probability{of_stage}", mean, other, float(difference), tolerance.relative))
+    for number, (ours, theirs) in enumerate(zip(here.steps, there.steps, strict=True), start=1):
+        prefix = f"step {number}: " if len(here.steps) > 1 else ""
+        bound = tolerance if number == 1 else tolerance.later
+        lines += [replace(line, name=prefix + line.name) for line in compare_step(ours, theirs, bound)]
+    return lines
+
+
+def compare_step(here: Step, there: Step, tolerance: Tolerance) -> list[Line]:
+    """Compare one optimizer step; gradients by kind of weight, with the worst tensor of each."""
     assert here.gradient.keys() == there.gradient.keys(), here.gradient.keys() ^ there.gradient.keys()
     limit = tolerance.relative
     lines = [
@@ -91,10 +129,11 @@ def compare(here: Step, there: Step, tolerance: Tolerance) -> list[Line]:
         ours, theirs = (float(sum(_norm(step.gradient[name]) ** 2 for name in names)) ** 0.5 for step in (here, there))
         worst = _largest(differences)
         lines.append(Line(f"gradient {kind}", ours, theirs, differences[worst], limit, worst))
+    lines.append(Line("learning rate", here.lr, there.lr, abs(here.lr - there.lr), 0.0))
     updates = {name: update_difference(name, here, there, tolerance.counted) for name in there.gradient}
     worst = _largest(updates)
     ours, theirs = (float(_rms(step.after[worst] - step.before[worst])) for step in (here, there))
-    lines.append(Line("updated weights", ours, theirs, updates[worst], UPDATE_TOLERANCE, worst))
+    lines.append(Line("updated weights", ours, theirs, updates[worst], tolerance.update, worst))
     apart = float(torch.tensor([here.apart, there.apart]).max())  # NaN, if either is
     lines.append(Line("copies on several ranks", here.apart, there.apart, apart, 0.0))
     return lines
@@ -108,26 +147,25 @@ def gradient_difference(here: Tensor, there: Tensor) -> float:
 
 
 def update_difference(name: str, here: Step, there: Step, counted: float) -> float:
-    """The largest difference of a weight after the update, less its last digit, relative to the largest update.
+    """Find the largest difference of a weight's update, less its last digit, relative to the largest update.
 
-    Only where the gradient is above `counted` of its typical size, or exactly 0 in both: Adam's first step is the
-    gradient's sign, and the sign of what should be 0 is rounding.
+    Weights count where the gradient is above `counted` of its typical size, or exactly 0 in both: Adam's first step is
+    the gradient's sign, and the sign of what should be 0 is rounding.
     """
     rows = min(len(here.after[name]), len(there.after[name]))
-    ours, theirs, before, slope, gradient = (
-        tensors[name][:rows].double()
-        for tensors in (here.after, there.after, there.before, here.gradient, there.gradient)
-    )
+    slope, gradient = (step.gradient[name][:rows].double() for step in (here, there))
     matters = (gradient.abs() > counted * _rms(gradient)) | ((slope == 0) & (gradient == 0))
     if not matters.any():
         return 0.0
-    digit = torch.maximum(ours.abs(), theirs.abs()) * torch.finfo(there.after[name].dtype).eps
+    ours, theirs = (step.after[name][:rows].double() - step.before[name][:rows].double() for step in (here, there))
+    largest = torch.maximum(here.after[name][:rows].abs(), there.after[name][:rows].abs()).double()
+    digit = largest * torch.finfo(there.after[name].dtype).eps
     beyond = ((ours - theirs).abs() - digit).clamp(min=0)[matters].max()
-    return _ratio(float(beyond), float((theirs - before)[matters].abs().max()))
+    return _ratio(float(beyond), float(theirs[matters].abs().max()))
 
 
-def table(lines: Sequence[Line], here: Step, there: Step, here_name: str, there_name: str) -> str:
-    """The comparison for people, ending with its verdict."""
+def table(lines: Sequence[Line], here: Replayed, there: Replayed, here_name: str, there_name: str) -> str:
+    """Lay the comparison out for people, ending with its verdict."""
     rows = [["", here_name, there_name, "difference", "tolerance", ""]]
     for line in lines:
         values = [f"{line.here:.6g}", f"{line.there:.6g}", f"{line.difference:.1e}", f"{line.tolerance:.0e}"]
@@ -138,17 +176,21 @@ def table(lines: Sequence[Line], here: Step, there: Step, here_name: str, there_
     for name, *values, remark in rows:
         cells = [name.ljust(widths[0]), *(x.rjust(w) for x, w in zip(values, widths[1:-1], strict=True)), remark]
         text.append("  ".join(cells).rstrip())
-    stats = there.stats
-    share = {name: float(stats.mean(name)) for name in ("clipped_low", "clipped_high", "kl", "entropy")}
+    first = there.steps[0]
+    share = {name: first.stats.mean(name) for name in ("clipped_low", "clipped_high", "kl", "entropy")}
     text.append(
-        f"{there.num_responses} responses, {there.num_tokens} tokens; clipped {share['clipped_low']:.1%} low, "
+        f"{first.num_responses} responses, {first.num_tokens} tokens; clipped {share['clipped_low']:.1%} low, "
         f"{share['clipped_high']:.1%} high; KL {share['kl']:.4g}, entropy {share['entropy']:.4g}; "
-        f"sum of the loss's absolute terms {there.terms:.6g}"
+        f"sum of the loss's absolute terms {first.terms:.6g}"
     )
-    if near := max(here.near_edge, there.near_edge):
+    if near := max(step.near_edge for step in (*here.steps, *there.steps)):
         text.append(f"{near} tokens have a ratio at the very edge of the clip range, where rounding decides")
     wrong = [line.name for line in lines if not line.holds]
-    text.append(f"FAIL: {', '.join(wrong)}" if wrong else f"PASS: the same step as {there_name}")
+    text.append(
+        f"FAIL: {', '.join(wrong)}"
+        if wrong
+        else f"PASS: the same step{'s' if len(there.steps) > 1 else ''} as {there_name}"
+    )
     return "\n".join(text)
 
 

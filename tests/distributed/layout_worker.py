@@ -61,7 +61,7 @@ def run(name: str, rank: int, world: int, store: dist.Store, out: Path) -> None:
     result: dict[str, object] = {
         "place": (layout.groups.tp.rank(), layout.groups.pp.rank(), layout.dp_rank),
         "sizes": (layout.groups.tp.size(), layout.groups.pp.size(), layout.dp_size),
-        "losses": layout.counts_losses,
+        "losses": layout.is_replica_main,
         "gathered": layout.gather_over_data(rank),
         "exchanged": layout.exchange_over_data([(rank, to) for to in range(layout.dp_size)]),
         "initial": weights.gather_full(policy.chunks, layout),

@@ -73,10 +73,10 @@ def test_a_process_can_start_twice() -> None:
     for _ in range(2):
         layout = parallel.start(ParallelConfig(), seed=0)
         assert (layout.rank, layout.world_size, layout.dp_rank, layout.dp_size) == (0, 1, 0, 1)
-        assert layout.is_main and layout.is_first_stage and layout.is_last_stage and layout.counts_losses
+        assert layout.is_main and layout.has_embedding and layout.has_head and layout.is_replica_main
         assert layout.gather_over_data("x") == ["x"]
         assert layout.all_reduce(torch.ones(2)).tolist() == [1.0, 1.0]
-        assert layout.exchange_over_data(["x"]) == ["x"] and layout.from_main("x") == "x" and layout.decides
+        assert layout.exchange_over_data(["x"]) == ["x"] and layout.from_main("x") == "x" and layout.is_replica_main
         parallel.stop(layout)
     assert not torch.distributed.is_initialized()
 

@@ -12,24 +12,24 @@ import pytest
 import torch
 from torch import Tensor
 
-from dsm_train.packing.cost import Load, cut_evenly, fewest_parts
+from dsm_train.packing.cost import Cost, cut_evenly, fewest_parts
 from dsm_train.types import offsets
 
 
-def alone(own_S: Tensor) -> Load:
+def alone(own_S: Tensor) -> Cost:
     """Responses without prompts."""
-    return Load(own_S, torch.zeros_like(own_S), torch.arange(len(own_S) + 1, dtype=torch.int32))
+    return Cost(own_S, torch.zeros_like(own_S), torch.arange(len(own_S) + 1, dtype=torch.int32))
 
 
-def taken(load: Load, first: int, last: int) -> int:
+def taken(cost: Cost, first: int, last: int) -> int:
     """What the responses first..last - 1 take, counted one by one."""
-    sizes = load.group_cu.diff().tolist()
+    sizes = cost.group_cu.diff().tolist()
     group_of = [group for group, size in enumerate(sizes) for _ in range(size)]
-    prompts = sum(int(load.prompt_P[group]) for group in set(group_of[first:last]))
-    return sum(load.own_S[first:last].tolist()) + prompts
+    prompts = sum(int(cost.prompt_P[group]) for group in set(group_of[first:last]))
+    return sum(cost.own_S[first:last].tolist()) + prompts
 
 
-def best(cost: Load, count: int, size: Load, max_size: int) -> int | None:
+def best(cost: Cost, count: int, size: Cost, max_size: int) -> int | None:
     """The least possible largest cost by trying every cut; None where no cut keeps the sizes."""
     tries, items = [], len(cost.own_S)
     for inner in combinations_with_replacement(range(items + 1), count - 1):
@@ -55,15 +55,15 @@ def check(rng: random.Random, items: int, count: int) -> None:
         sizes.append(min(rng.choice([0, 1, 2, 7]), items - sum(sizes)))
     group_cu, shared = offsets(sizes), rng.random() < 0.5
 
-    def load(own: list[int], prompt: list[int]) -> Load:
-        return Load(torch.tensor(own, dtype=torch.int64), shared * torch.tensor(prompt, dtype=torch.int64), group_cu)
+    def cost(own: list[int], prompt: list[int]) -> Cost:
+        return Cost(torch.tensor(own, dtype=torch.int64), shared * torch.tensor(prompt, dtype=torch.int64), group_cu)
 
     # costs of 0, one giant, and costs that do not follow the sizes
-    cost = load(
+    cost = cost(
         [rng.choice([0, 1, rng.randrange(1, 10), rng.choice([5, 1000])]) for _ in range(items)],
         [rng.choice([0, 3, 20, 500]) for _ in sizes],
     )
-    size = load([rng.randrange(0, 6) for _ in range(items)], [rng.randrange(0, 5) for _ in sizes])
+    size = cost([rng.randrange(0, 6) for _ in range(items)], [rng.randrange(0, 5) for _ in sizes])
     expected = best(cost, count, size, max_size)
     if expected is None:
         with pytest.raises(ValueError, match=f"more than {count} parts of at most {max_size}"):
@@ -86,16 +86,16 @@ def test_parts_are_as_few_as_any_cut_has() -> None:
     for _ in range(200):
         sizes = [rng.choice([1, 2, 7]) for _ in range(rng.randrange(1, 3))]
         own_S, prompt_P = (torch.tensor([rng.randrange(0, 6) for _ in range(n)]) for n in (sum(sizes), len(sizes)))
-        size = Load(own_S, prompt_P, offsets(sizes))
+        size = Cost(own_S, prompt_P, offsets(sizes))
         limit = size.largest + rng.randrange(0, 6)
         fewest = next(n for n in range(10) if n and best(size, n, size, limit) is not None)
         assert fewest_parts(size, limit) == fewest
 
 
-def test_loads_of_several_replicas_are_one_line() -> None:
-    one = Load(torch.tensor([1, 2, 4]), torch.tensor([10, 20]), offsets([2, 1]))
-    other = Load(torch.tensor([8]), torch.tensor([40, 50]), offsets([0, 1]))
-    both = Load.concatenate([one, alone(torch.tensor([], dtype=torch.int64)), other])
+def test_costs_of_several_replicas_are_one_line() -> None:
+    one = Cost(torch.tensor([1, 2, 4]), torch.tensor([10, 20]), offsets([2, 1]))
+    other = Cost(torch.tensor([8]), torch.tensor([40, 50]), offsets([0, 1]))
+    both = Cost.concatenate([one, alone(torch.tensor([], dtype=torch.int64)), other])
     assert both.group_cu.tolist() == [0, 2, 3, 3, 4]
     assert [taken(both, s, s + 1) for s in range(4)] == [11, 12, 24, 58]
     assert both.total == one.total + other.total == 15 + 10 + 20 + 50
@@ -105,7 +105,7 @@ def test_one_too_large_for_any_part_raises() -> None:
     with pytest.raises(ValueError, match="parts of at most 4 tokens"):
         cut_evenly(alone(torch.tensor([1, 1])), 5, alone(torch.tensor([5, 1])), 4)
     with pytest.raises(ValueError, match="parts of at most 4 tokens"):
-        cut_evenly(alone(torch.tensor([1])), 5, Load(torch.tensor([3]), torch.tensor([2]), offsets([1])), 4)
+        cut_evenly(alone(torch.tensor([1])), 5, Cost(torch.tensor([3]), torch.tensor([2]), offsets([1])), 4)
 
 
 def test_large_costs_are_exact() -> None:

@@ -13,7 +13,7 @@ import torch
 from dsm_train.config import ModelConfig
 from dsm_train.megatron import platform
 from dsm_train.megatron.parallel import Parallel
-from dsm_train.packing.cost import Load, estimated_cost, token_load
+from dsm_train.packing.cost import Cost, estimated_cost, token_cost
 from dsm_train.packing.microbatch import MicroBatch, States, pack, repeat_prompts, sequence_lengths
 from dsm_train.types import Sequences, offsets
 from dsm_train.update import Rows, optimizer_step, policy_loss
@@ -116,7 +116,7 @@ def test_repeating_prompts_changes_no_sequence() -> None:
         assert torch.equal(repeated.prompt(s), sequences.prompt(p))
         assert torch.equal(repeated.response(s), sequences.response(s))
     assert torch.equal(sequence_lengths(repeated), sequence_lengths(sequences))
-    assert token_load(repeated).total == int(sequence_lengths(sequences).sum()) > token_load(sequences).total
+    assert token_cost(repeated).total == int(sequence_lengths(sequences).sum()) > token_cost(sequences).total
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
@@ -188,7 +188,7 @@ def test_micro_batches_are_few_and_even() -> None:
 def test_the_cut_follows_the_cost() -> None:
     sequences = tiny.sequences([3] * 6, [3] * 6)
     own_S = torch.tensor([50, 10, 10, 10, 10, 10])
-    cost = Load(own_S, torch.zeros(6, dtype=torch.int64), sequences.group_cu)
+    cost = Cost(own_S, torch.zeros(6, dtype=torch.int64), sequences.group_cu)
     assert tokens(pack(sequences, 25, CPU, cost=cost)) == [5, 25]
     assert tokens(pack(sequences, 20, CPU, cost=cost)) == [10, 20]  # the budget holds whatever the cost
 

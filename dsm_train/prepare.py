@@ -1,0 +1,115 @@
+"""Preparation: what a stage works on is read, and what cannot work is refused, before any rank is started."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TypeVar
+
+from dsm_train.config import ParallelConfig
+from dsm_train.configs import StageConfig
+from dsm_train.data.source import Tasks, load_tasks, make_tokenizer, solved
+from dsm_train.data.tasks import Task
+from dsm_train.data.tokenizer import Tokenizer
+from dsm_train.megatron import parallel, weights
+from dsm_train.megatron.flash import core_attention
+from dsm_train.megatron.model import padded_vocab, uses_transformer_engine
+from dsm_train.reporting.metrics import prepare_output
+from dsm_train.rollout.config import SamplingConfig
+
+ConfigT = TypeVar("ConfigT", bound=StageConfig)
+
+
+@dataclass(frozen=True)
+class Questions:
+    """Tasks, and the tokenizer that reads them."""
+
+    tasks: Tasks
+    tokenizer: Tokenizer
+
+
+def prepare(config: ConfigT, sampling: SamplingConfig | None) -> tuple[ConfigT, Questions]:
+    """Read and check what the stage works on; raises `ValueError` with the remedy for what cannot work.
+
+    sampling: how the stage answers its tasks; None: it does not. Returns the configuration with the model's shape as
+    the initial weights have it.
+    """
+    if config.run.init is not None:
+        config = replace(config, model=weights.saved_model(config.run.init, config.model))
+    tasks = load_tasks(config.data)
+    tokenizer = make_tokenizer(config.data, config.run.init, tasks.train)
+    vocab = padded_vocab(tokenizer.vocab_size, config.model.vocab_multiple, config.parallel.tp)
+    parallel.check_layout(config.parallel, config.model, vocab)
+    if config.supervised is not None:
+        check_batch(config.parallel, "the batch of supervised training", config.supervised.batch)
+    if sampling is not None:
+        check_lengths(config, sampling, (*tasks.train, *tasks.heldout), tokenizer)
+    check_solutions(config, tasks, tokenizer)
+    if config.run.init is not None:
+        weights.check_vocabulary(config.run.init, tokenizer.vocab_size)
+    uses_transformer_engine(config.model)
+    core_attention(config.model)
+    return config, Questions(tasks, tokenizer)
+
+
+def check_batch(layout: ParallelConfig, name: str, size: int, minibatches: int = 1) -> None:
+    """Raise `ValueError` unless a batch splits evenly over data-parallel replicas and minibatches."""
+    replicas = layout.replicas(parallel.world_size())
+    if replicas and size % (replicas * minibatches):
+        raise ValueError(
+            f"{name} must be a multiple of data-parallel replicas x minibatches = {replicas} x {minibatches} "
+            f"= {replicas * minibatches}; got {size}"
+        )
+
+
+def check_lengths(config: StageConfig, sampling: SamplingConfig, tasks: Sequence[Task], tokenizer: Tokenizer) -> None:
+    """Raise `ValueError` when a prompt is empty, leaves no room for its response, or exceeds a micro-batch."""
+    lengths = [(len(tokenizer.encode(task.prompt)), task) for task in tasks]
+    shortest, task = min(lengths, key=lambda item: item[0])
+    if shortest == 0:
+        raise ValueError(f"the prompt of task {task.id} has no token: there is nothing to continue")
+    longest, task = max(lengths, key=lambda item: item[0])
+    total, limit = longest + sampling.max_new_tokens, config.model.max_length
+    if total > limit:
+        raise ValueError(
+            f"the prompt of task {task.id} has {longest} tokens, and with sampling.max_new_tokens = "
+            f"{sampling.max_new_tokens} exceeds model.max_length = {limit}: {task.prompt[:60]!r}..."
+        )
+    if total > config.run.max_tokens:
+        raise ValueError(
+            f"run.max_tokens = {config.run.max_tokens} is less than the longest prompt ({longest} tokens) "
+            f"plus sampling.max_new_tokens = {sampling.max_new_tokens}"
+        )
+
+
+def check_record(path: Path | None) -> None:
+    """Prove that rollouts can be recorded in this file; raises `ValueError` with the remedy."""
+    if path is None:
+        return
+    if path.is_dir():
+        raise ValueError(f"record = {path} is a folder: name a file, such as {path / 'step.parquet'}")
+    prepare_output(path.parent)
+
+
+def check_solutions(config: StageConfig, tasks: Tasks, tokenizer: Tokenizer) -> None:
+    """Raise `ValueError` when supervised training is asked for and lacks solutions, or has one too long."""
+    training = config.supervised
+    if training is None:
+        return
+    examples = solved(tasks.train, training.examples)
+    if not examples:
+        raise ValueError(
+            f"supervised training needs worked solutions, and {config.data.path} has answers alone: write "
+            "them before '#### answer', or set steps=0"
+        )
+    lengths = [
+        (len(tokenizer.encode(task.prompt)) + len(tokenizer.encode(task.solution or "")), task) for task in examples
+    ]
+    longest, task = max(lengths, key=lambda item: item[0])
+    for limit, most in (("model.max_length", config.model.max_length), ("run.max_tokens", config.run.max_tokens)):
+        if longest > most:
+            raise ValueError(
+                f"{limit} = {most} is less than prompt and solution of task {task.id}, "
+                f"{longest} tokens: {task.prompt[:60]!r}..."
+            )

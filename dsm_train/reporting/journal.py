@@ -1,0 +1,82 @@
+"""The journal of reinforcement learning: metrics, samples, evaluations and records of each step, and warnings."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from dsm_train.data.tasks import Task
+from dsm_train.data.tokenizer import Tokenizer
+from dsm_train.eval.evaluate import Evaluator
+from dsm_train.megatron.parallel import Parallel
+from dsm_train.packing.microbatch import sequence_lengths
+from dsm_train.reporting.metrics import Samples
+from dsm_train.rollout.record import write_rollouts
+from dsm_train.rollout.score import read_samples, rollout_metrics
+from dsm_train.run import Loop
+from dsm_train.types import Rollouts
+from dsm_train.update import StepResult, step_metrics
+
+PATIENCE = 5
+"""Steps of the same trouble in a row after which it is said, once."""
+SHOWN = {name: name for name in ("reward", "heldout_accuracy", "kl", "response_tokens", "tokens_per_second")}
+
+
+@dataclass
+class Journal:
+    """Writes down each step of a run, and says once what a person should look into."""
+
+    parallel: Parallel
+    samples: Samples
+    tokenizer: Tokenizer
+    evaluator: Evaluator
+    heldout: Sequence[Task]
+    """Tasks that are evaluated while training."""
+    steps: int
+    every: int
+    """Evaluate every so many steps; 0: never while training."""
+    max_new_tokens: int
+    has_reference: bool
+    record: Path | None = None
+    """File for the scored rollouts of a step, for verify-step."""
+    record_step: int = 1
+    """The step to record, from 1; 0: every step, in files of its own."""
+    _flat: int = field(default=0, init=False)
+    _cut_off: int = field(default=0, init=False)
+
+    def log(
+        self, loop: Loop, step: int, tasks: Sequence[Task], rollouts: Rollouts, results: Sequence[StepResult]
+    ) -> None:
+        """Write down step `step` (from 0) of the loop. Collective."""
+        number = step + 1
+        values = self.parallel.average(rollout_metrics(rollouts)) | step_metrics(results)
+        if not self.has_reference:
+            del values["kl"]  # there is nothing to measure it against
+        if self.record is not None and self.record_step in (0, number):
+            write_rollouts(self._record_of(number), rollouts, self.parallel)
+        if self.every and number % self.every == 0 and number < self.steps:
+            values["heldout_accuracy"] = self.evaluator.greedy_accuracy(self.heldout)
+        loop.log(values, tokens=int(sequence_lengths(rollouts.sequences).sum()), shown=SHOWN)
+        self.samples.log(number, read_samples(rollouts, tasks, self.tokenizer, count=4))
+        self._warn(loop, number, values)
+
+    def _record_of(self, number: int) -> Path:
+        assert self.record is not None
+        return self.record if self.record_step else self.record.with_stem(f"{self.record.stem}-{number}")
+
+    def _warn(self, loop: Loop, number: int, values: dict[str, float]) -> None:
+        """Say once what has gone on for some steps."""
+        self._flat = self._flat + 1 if values["groups_without_spread"] == 1.0 else 0
+        self._cut_off = self._cut_off + 1 if values["finished"] < 0.5 else 0
+        if self._flat == PATIENCE:
+            loop.say(
+                f"{PATIENCE} steps to step {number}: all responses to a question earned the same reward (mean "
+                f"{values['reward']:.3g}), so that nothing is learnt; read samples.jsonl: does the model ever answer "
+                "in the form that rewards.* read?"
+            )
+        if self._cut_off == PATIENCE:
+            loop.say(
+                f"{PATIENCE} steps to step {number}: {1 - values['finished']:.0%} of the responses were cut off "
+                f"at sampling.max_new_tokens = {self.max_new_tokens}: raise it, unless that is wanted"
+            )

@@ -1,0 +1,76 @@
+"""Stage `grpo`: a supervised warm-up where one is asked for, Algorithm 1, and the report."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from dsm_train.cli import user_errors
+from dsm_train.configs import GrpoConfig
+from dsm_train.eval.evaluate import Evaluator
+from dsm_train.grpo import Algorithm, algorithm
+from dsm_train.megatron.step import TrainableModel
+from dsm_train.prepare import Questions, check_batch, check_record, prepare
+from dsm_train.reporting.journal import Journal
+from dsm_train.reporting.report import Report, learning_curve, write_report
+from dsm_train.rollout.embedded import EmbeddedEngine
+from dsm_train.run import Job, start
+from dsm_train.stages.sft import supervise
+from dsm_train.train import reinforce
+
+PROG = "dsm-train grpo"
+
+
+def train_grpo(config: GrpoConfig) -> None:
+    """Train a policy from what the configuration names, and write weights, metrics, report and curve."""
+    with user_errors(PROG):
+        algo = algorithm(config.algorithm)
+        prompts = config.algorithm.prompts_per_step
+        check_batch(config.parallel, "algorithm.prompts_per_step", prompts, algo.minibatches)
+        check_record(config.record)
+        config, questions = prepare(config, config.sampling)
+    with start(config, PROG) as job:
+        tokenizer, heldout = questions.tokenizer, questions.tasks.heldout
+        warmup, updates = config.warmup, config.steps * algo.updates
+        policy = TrainableModel.build(
+            job.language_model(tokenizer.vocab_size),
+            job.parallel,
+            *((warmup.optim, warmup.steps) if warmup.steps else (config.optim, updates)),
+        )
+        engine = EmbeddedEngine(policy, [tokenizer.eos_id], config.run.seed)
+        evaluator = Evaluator(engine, tokenizer, job.parallel, config.sampling)
+        learnt: dict[str, Any] = {}
+        if warmup.steps:
+            learnt = supervise(job, questions, policy, warmup, evaluator)
+            policy.restart(config.optim, updates)
+        before = evaluator.greedy_accuracy(heldout)
+        job.metrics.log(0, "grpo", {"heldout_accuracy": before})
+        reference = policy.frozen_copy() if algo.objective.kl_coef > 0 else None
+        reinforce(job, questions, algo, policy, reference, engine, journal(job, questions, algo, evaluator))
+        seconds = job.seconds()
+        after = evaluator.greedy_accuracy(heldout)
+        job.metrics.log(config.steps, "grpo", {"heldout_accuracy": after})
+        if config.eval.samples:
+            learnt["pass_at_k"] = evaluator.pass_at_k(heldout, config.eval.samples)
+        job.save(policy, tokenizer)
+        if job.parallel.is_main:
+            write_report(config.run.out, Report(before, after, seconds, learnt))
+            learning_curve(config.run.out / "metrics.jsonl", config.run.out / "curve.png")
+        job.say(f"held-out accuracy {before:.3f} before GRPO, {after:.3f} after, {seconds:.0f} s: {config.run.out}")
+
+
+def journal(job: Job[GrpoConfig], questions: Questions, algo: Algorithm, evaluator: Evaluator) -> Journal:
+    """Open the journal of the run."""
+    config = job.config
+    return Journal(
+        parallel=job.parallel,
+        samples=job.samples,
+        tokenizer=questions.tokenizer,
+        evaluator=evaluator,
+        heldout=questions.tasks.heldout[: config.eval.tasks],
+        steps=config.steps,
+        every=config.eval.every,
+        max_new_tokens=config.sampling.max_new_tokens,
+        has_reference=algo.objective.kl_coef > 0,
+        record=config.record,
+        record_step=config.record_step,
+    )
