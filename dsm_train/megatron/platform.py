@@ -1,9 +1,10 @@
 """megatron-core on a machine without CUDA.
 
-megatron-core 0.16 writes `device="cuda"`, `torch.cuda.current_device()` and `tensor.cuda()` in many places. On a
-machine without CUDA, `enable()` gives its modules a copy of the `torch` namespace in which the current device is the
-CPU. torch itself stays as it is, but for `Tensor.cuda`, which can only raise in such a process. With CUDA, `enable()`
-does nothing at all.
+megatron-core writes `device="cuda"`, `torch.cuda.current_device()` and `tensor.cuda()` in many places. On a machine
+without CUDA, `enable()` gives its modules a copy of the `torch` namespace in which the current device is the CPU, and
+imports them with `torch.compile` as the identity: decorating alone imports torch's compiler, which takes longer than
+the rest of megatron-core. torch itself stays as it is, but for `Tensor.cuda`, which can only raise in such a process.
+With CUDA, `enable()` changes nothing.
 """
 
 from __future__ import annotations
@@ -43,14 +44,15 @@ def enable() -> bool:
     """Adapt megatron-core to the CPU; True if that was needed."""
     # Upstream logs and warns about each package it would like to have; the start-up table says what serves what.
     logging.getLogger("megatron").setLevel(logging.ERROR)
-    with warnings.catch_warnings():
+    cuda = torch.cuda.is_available()
+    with warnings.catch_warnings(), contextlib.nullcontext() if cuda else _without_compilation():
         warnings.simplefilter("ignore")
         for name in _PATCHED_MODULES:
             importlib.import_module(name)
     # It calls collectives by names that torch has deprecated since, and asks the optimizer's shards for gradients.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed\.")
     warnings.filterwarnings("ignore", message=r"The \.grad attribute of a Tensor", module=r"megatron\.")
-    if torch.cuda.is_available():
+    if cuda:
         return False
     warnings.filterwarnings("ignore", message=".*CUDA_DEVICE_MAX_CONNECTIONS", module=r"megatron\.")
     from megatron.core.optimizer import clip_grads, distrib_optimizer, optimizer
@@ -67,6 +69,17 @@ def enable() -> bool:
         owner.__init__ = _with_cuda_type_names(owner.__init__)
     optimizer.clip_grad_by_total_norm_fp32 = _with_cuda_type_names(clip_grads.clip_grad_by_total_norm_fp32)
     return True
+
+
+@contextlib.contextmanager
+def _without_compilation() -> Iterator[None]:
+    """`torch.compile` as the identity, with and without options, while megatron-core's modules decorate with it."""
+    original = torch.compile
+    torch.compile = lambda model=None, **options: model or (lambda decorated: decorated)  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        torch.compile = original
 
 
 def _torch_on_cpu() -> types.ModuleType:

@@ -45,6 +45,20 @@ print(sorted(name for name in before.keys() | after.keys() if before.get(name) !
 
 
 @without_cuda
+def test_the_compiler_of_torch_is_not_imported() -> None:
+    script = """
+import sys, torch
+compile = torch.compile
+import dsm_train.megatron
+from megatron.core.fusions.fused_bias_swiglu import swiglu
+from megatron.core.jit import jit_fuser
+print("torch._inductor" in sys.modules, torch.compile is compile, jit_fuser(swiglu) is swiglu)
+"""
+    result = subprocess.run([sys.executable, "-W", "ignore", "-c", script], capture_output=True, text=True)
+    assert result.stdout.split() == ["False", "True", "True"], result.stderr
+
+
+@without_cuda
 def test_the_current_device_is_the_cpu() -> None:
     from megatron.core import parallel_state
     from megatron.core.optimizer import optimizer
