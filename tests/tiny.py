@@ -8,10 +8,10 @@ from __future__ import annotations
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from dsm_train.config import ModelConfig, OptimConfig
 from dsm_train.megatron import weights
@@ -19,6 +19,9 @@ from dsm_train.megatron.model import HiddenGPTModel, build_model, padded_vocab
 from dsm_train.megatron.parallel import Parallel
 from dsm_train.megatron.step import Model, TrainableModel
 from dsm_train.types import Sequences
+
+if TYPE_CHECKING:
+    from transformers import LlamaForCausalLM
 
 VOCAB = 50  # padded to 64, so that 14 rows of the head belong to no token
 # An initial scale of 0.3 keeps the tokens' logits well apart. Two query heads per key head: grouped-query attention.
@@ -60,6 +63,8 @@ def sequences(prompt_lengths: Sequence[int], response_lengths: Sequence[int], se
 
 def llama(config: ModelConfig, full: Mapping[str, Tensor], dtype: torch.dtype) -> LlamaForCausalLM:
     """Transformers' model of the same shape with these weights (canonical names)."""
+    from transformers import LlamaConfig, LlamaForCausalLM  # takes longer to import than most that uses this file runs
+
     hf = LlamaForCausalLM(
         LlamaConfig(
             vocab_size=full["embedding.word_embeddings.weight"].shape[0],

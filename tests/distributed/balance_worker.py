@@ -1,12 +1,8 @@
-"""One rank of `test_balance.py`: a data-parallel replica with responses of its own, balanced with the others.
-
-python balance_worker.py RANK WORLD_SIZE STORE OUT CASE...
-"""
+"""One rank of `test_balance.py`: a data-parallel replica with responses of its own, balanced with the others."""
 
 from __future__ import annotations
 
 import random
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -59,13 +55,12 @@ def of_replica(lengths_PG: list[list[int]], rank: int) -> Rollouts:
     )
 
 
-def main() -> None:
-    rank, world, out = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[4])
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", store=dist.FileStore(sys.argv[3], world), rank=rank, world_size=world)
+def main(rank: int, world: int, store: dist.Store, out: Path, *names: str) -> None:
+    """Write what each case was before and after."""
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=world)
     layout = parallel.start(ParallelConfig(), seed=0)
     off = replace(layout, config=replace(layout.config, balance=False))
-    for name in sys.argv[5:]:
+    for name in names:
         rollouts = of_replica(CASES[name][rank], rank)
         work = {}
         for average in ("response", "token", "fixed"):
@@ -88,7 +83,3 @@ def main() -> None:
             out / f"{name}-{rank}.pt",
         )
     parallel.stop(layout)
-
-
-if __name__ == "__main__":
-    main()

@@ -1,16 +1,11 @@
 """One rank of `test_kl_parallel.py`: `linear_kl` on its shard of the vocabulary, split over all ranks and over two.
 
-python kl_worker.py RANK WORLD_SIZE STORE OUT
-
 T rows, V vocabulary, D and E hidden sizes of policy and reference.
 """
 
 from __future__ import annotations
 
-import sys
-import traceback
 from dataclasses import dataclass
-from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -18,19 +13,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
+from vocabulary import REMOVED, SHARDS, V, each_group, shard
 
 from triton_kernels import linear_kl
 
-V, D, E = 48, 12, 9
-REMOVED = [3, 31]
-"""Tokens that both biases remove; 31 is a shard of its own in the uneven split over three ranks."""
-
-SHARDS = {
-    "even": {2: [24, 24], 3: [16, 16, 16]},
-    "uneven": {2: [31, 17], 3: [31, 1, 16]},
-    "empty first": {2: [0, 48], 3: [0, 20, 28]},
-    "empty last": {2: [48, 0], 3: [31, 17, 0]},
-}
+D, E = 12, 9
 
 
 @dataclass(frozen=True)
@@ -87,8 +74,8 @@ CASES = {
 
 def run_once(case: Case, group: ProcessGroup, reduce_dx: bool = True) -> list[Tensor | None]:
     """kl_T and the gradients of a sum with weights of both signs, on this rank's shard; several chunks of rows."""
-    start, stop = list(pairwise([0, *accumulate(SHARDS[case.shards][group.size()])]))[group.rank()]
-    heads = [x if i % 3 == 0 else x[start:stop] for i, x in enumerate(case.tensors())]
+    mine = shard(case.shards, group)
+    heads = [x if i % 3 == 0 else x[mine] for i, x in enumerate(case.tensors())]
     heads = [x.detach().requires_grad_(i in case.wants) for i, x in enumerate(heads)]
     kl_T = linear_kl(
         heads[0], heads[1], heads[3], heads[4],
@@ -116,23 +103,9 @@ def refusal(T: int, group: ProcessGroup) -> str:
     return "none"
 
 
-def main() -> None:
-    rank, world, out = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[4])
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", store=dist.FileStore(sys.argv[3], world), rank=rank, world_size=world)
-    last_two = dist.new_group([world - 2, world - 1])  # their ranks in the group are not those in the world
-    for group in [dist.group.WORLD, last_two] if rank >= world - 2 else [dist.group.WORLD]:
+def main(rank: int, world: int, store: dist.Store, out: Path) -> None:
+    """Write the results of every case in each group."""
+    for group in each_group(rank, world, store):
         results: dict[str, Any] = {name: run(case, group) for name, case in CASES.items()}
         results["refusals"] = [refusal(group.rank() + 1, group), refusal(1, group)]
         torch.save(results, out / f"{group.size()}-{group.rank()}.pt")
-    dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    try:
-        main()
-    except BaseException:
-        traceback.print_exc()
-        # The other ranks wait in a collective: end without waiting for them.
-        sys.stderr.flush()
-        raise SystemExit(1) from None

@@ -1,11 +1,7 @@
-"""One rank of `test_layouts.py`: builds layouts, trains two steps in each, samples, and writes what it holds.
-
-python layout_worker.py RANK WORLD_SIZE STORE OUT CASE...
-"""
+"""One rank of `test_layouts.py`: builds layouts, trains two steps in each, samples, and writes what it holds."""
 
 from __future__ import annotations
 
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -113,13 +109,7 @@ def train(policy: TrainableModel, layout: Parallel, max_tokens: int) -> dict[str
     }
 
 
-def main() -> None:
-    rank, world, out = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[4])
-    torch.set_num_threads(1)
-    store = dist.FileStore(sys.argv[3], world)
-    for name in sys.argv[5:]:
+def main(rank: int, world: int, store: dist.Store, out: Path, *names: str) -> None:
+    """Run one case after the other."""
+    for name in names:
         run(name, rank, world, store, out)
-
-
-if __name__ == "__main__":
-    main()

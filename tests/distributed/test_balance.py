@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
+import balance_worker
 import pytest
 import torch
 from balance_worker import CASES
-from ranks import run_workers
+from ranks import run_ranks
 
 from dsm_train.types import Rollouts, Sequences, offsets
 from dsm_train.update import Rows
 from triton_kernels import group_advantage
 
-HERE = Path(__file__).parent
 Ranks = dict[str, list[dict[str, Any]]]
 
 
@@ -24,7 +23,7 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> Ranks:
     out = tmp_path_factory.mktemp("balance")
     for world in (2, 3):
         names = [name for name, replicas in CASES.items() if len(replicas) == world]
-        run_workers(HERE / "balance_worker.py", world, names, out)
+        run_ranks(balance_worker.main, world, out, *names)
     return {
         name: [torch.load(out / f"{name}-{rank}.pt", weights_only=False) for rank in range(len(replicas))]
         for name, replicas in CASES.items()

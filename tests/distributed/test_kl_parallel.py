@@ -5,11 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import kl_worker
 import pytest
 import torch
-from kl_worker import CASES, SHARDS, Case
-from ranks import run_workers
+from kl_worker import CASES, Case
+from ranks import run_ranks
 from torch import Tensor
+from vocabulary import SHARDS, relative_error
 
 RTOL = 1e-5
 Ranks = list[dict[str, Any]]
@@ -17,9 +19,9 @@ Ranks = list[dict[str, Any]]
 
 @pytest.fixture(scope="module")
 def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """All cases in one set of processes, as importing takes seconds: over three ranks, and over two of them."""
+    """All cases in one set of processes: over three ranks, and over two of them."""
     out = tmp_path_factory.mktemp("kl")
-    run_workers(Path(__file__).parent / "kl_worker.py", 3, [], out)
+    run_ranks(kl_worker.main, 3, out)
     return out
 
 
@@ -53,12 +55,6 @@ def whole(ranks: Ranks, name: str) -> list[Tensor | None]:
     """Rank 0's result with the gradients of weights and biases put together from all ranks."""
     results = zip(*(rank[name]["result"] for rank in ranks), strict=True)
     return [x[0] if i in (0, 1, 4) or x[0] is None else torch.cat(x) for i, x in enumerate(results)]
-
-
-def relative_error(x: Tensor, exact: Tensor) -> float:
-    """Relative Frobenius norm of the difference; absolute where `exact` is zero."""
-    norm, error = exact.norm(), (x.double() - exact).norm()
-    return float(error / norm if norm > 0 else error)
 
 
 @pytest.mark.parametrize("name", [name for name, case in CASES.items() if not case.equal])

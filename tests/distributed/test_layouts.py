@@ -5,19 +5,17 @@ The responses of a group share their prompt there, and each has a copy of it on 
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import layout_worker
 import pytest
-import ranks
 import torch
 from layout_worker import CASES
+from ranks import run_ranks
 from torch import Tensor
 
 from dsm_train.types import Rollouts
 
-HERE = Path(__file__).parent
 FOUR = ["tp2_sp_pp2", "pp2_vpp2_dp2"]
 LAYOUTS = [name for name in CASES if not name.startswith("one")]
 Results = dict[str, list[dict[str, Any]]]
@@ -25,12 +23,12 @@ Results = dict[str, list[dict[str, Any]]]
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
-    """What the ranks of every layout wrote; all layouts of a size in the same processes, as importing takes seconds."""
+    """What the ranks of every layout wrote; all layouts of a size in the same processes."""
     out = tmp_path_factory.mktemp("layouts")
     written: Results = {}
     ones = [name for name in CASES if name.startswith("one")]
     for world, names in ((1, ones), (2, [name for name in LAYOUTS if name not in FOUR]), (4, FOUR)):
-        ranks.run_workers(HERE / "layout_worker.py", world, names, out)
+        run_ranks(layout_worker.main, world, out, *names)
         for name in names:
             written[name] = [torch.load(out / f"{name}-{rank}.pt", weights_only=False) for rank in range(world)]
     return written

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Any
 
 import pytest
-from ranks import run_workers
+import verify_worker
+from ranks import run_ranks
 from verify_worker import CLASSES, FOUR_RANKS, TWO_RANKS, cases
 
 SOUND = [*TWO_RANKS, *FOUR_RANKS]
@@ -21,7 +21,7 @@ def comparisons(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Lines]:
     """Each case's comparison with one rank; all cases of a number of ranks in one set of processes."""
     out = tmp_path_factory.mktemp("verify")
     for world in (1, 2, 4):
-        run_workers(Path(__file__).with_name("verify_worker.py"), world, [], out)
+        run_ranks(verify_worker.main, world, out)
     return {
         name: {line["name"]: line for line in json.loads((out / f"{name}.json").read_text())} for name in SOUND + FAULTY
     }

@@ -7,9 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from ranks import run_workers
+import vocab_worker
+from ranks import run_ranks
 from torch import Tensor
-from vocab_worker import CASES, GRPO_CASES, SHARDS, Case, V, lost
+from vocab_worker import CASES, GRPO_CASES, Case, lost
+from vocabulary import SHARDS, V, relative_error
 
 RTOL = 1e-5
 Ranks = list[dict[str, Any]]
@@ -17,9 +19,9 @@ Ranks = list[dict[str, Any]]
 
 @pytest.fixture(scope="module")
 def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """All cases in one set of processes, as importing takes seconds: over three ranks, and over two of them."""
+    """All cases in one set of processes: over three ranks, and over two of them."""
     out = tmp_path_factory.mktemp("vocab")
-    run_workers(Path(__file__).parent / "vocab_worker.py", 3, [], out)
+    run_ranks(vocab_worker.main, 3, out)
     return out
 
 
@@ -49,12 +51,6 @@ def whole(ranks: Ranks, name: str) -> list[Tensor | None]:
     results = [rank[name]["result"] for rank in ranks]
     shards = zip(*(result[-2:] for result in results), strict=True)
     return [*results[0][:-2], *(None if x[0] is None else torch.cat(x) for x in shards)]
-
-
-def relative_error(x: Tensor, exact: Tensor) -> float:
-    """Relative Frobenius norm of the difference; absolute where `exact` is zero."""
-    norm, error = exact.norm(), (x.double() - exact).norm()
-    return float(error / norm if norm > 0 else error)
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -1,7 +1,5 @@
 """One rank of `test_verify.py`: replays the made-up batch in every layout, with and without something wrong.
 
-python verify_worker.py RANK WORLD_SIZE STORE OUT CASE...
-
 A world of one rank writes the rollouts and the reference steps; larger ones compare with them, and the main rank writes
 the lines of each comparison to CASE.json.
 """
@@ -9,15 +7,15 @@ the lines of each comparison to CASE.json.
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
+import tiny
 import torch
 import torch.distributed as dist
 
-from dsm_train.config import AlgorithmConfig, ModelConfig, OptimConfig, ParallelConfig, RunConfig
+from dsm_train.config import AlgorithmConfig, OptimConfig, ParallelConfig, RunConfig
 from dsm_train.configs import VerifyStepConfig
 from dsm_train.data.source import Tasks
 from dsm_train.data.tokenizer import train_tokenizer
@@ -33,8 +31,7 @@ from dsm_train.verify.step import Job, replay
 from dsm_train.verify.synthetic import offset_logprobs, synthetic_rollouts
 from triton_kernels import LossOutput
 
-# Not tests/tiny.py's: importing it takes longer than all that is done here.
-MODEL = ModelConfig(num_layers=4, hidden_size=32, num_heads=4, num_kv_heads=2, ffn_size=48, max_length=80, init_std=0.3)
+MODEL = replace(tiny.MODEL, num_layers=4, max_length=80)
 MODELS = {
     "plain": MODEL,
     "tied": replace(MODEL, tied_head=True),
@@ -234,9 +231,8 @@ def check(name: str, case: Case, layout: parallel.Parallel, out: Path) -> None:
         (out / f"{name}.json").write_text(json.dumps([asdict(line) | {"holds": line.holds} for line in lines]))
 
 
-def shared_store(file: Path, rank: int, world: int) -> dist.Store:
+def shared_store(files: dist.Store, rank: int, world: int) -> dist.Store:
     """A TCP store, whose port the first rank tells in a file: the ranks ask it often, which a file store is slow at."""
-    files = dist.FileStore(str(file), world)
     if rank > 0:
         return dist.TCPStore("127.0.0.1", int(files.get("port")), world, wait_for_workers=False)
     store = dist.TCPStore("127.0.0.1", 0, world, is_master=True, wait_for_workers=False)
@@ -244,14 +240,13 @@ def shared_store(file: Path, rank: int, world: int) -> dist.Store:
     return store
 
 
-def main() -> None:
-    rank, world, out = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[4])
-    torch.set_num_threads(1)
+def main(rank: int, world: int, store: dist.Store, out: Path) -> None:
+    """Make the references, or compare every case of this number of ranks with them."""
     if world == 1:
         layout = parallel.start(ParallelConfig(), seed=0, alone=True)
         make_references(layout, out)
         return
-    store = shared_store(Path(sys.argv[3]), rank, world)
+    store = shared_store(store, rank, world)
     layouts: dict[ParallelConfig, list[str]] = {}
     for name, case in cases(world).items():
         layouts.setdefault(case.layout, []).append(name)
@@ -264,7 +259,3 @@ def main() -> None:
         parallel.stop(layout)
     store.set(f"done{rank}", "")
     store.wait([f"done{other}" for other in range(world)])  # the first rank's end is the store's
-
-
-if __name__ == "__main__":
-    main()

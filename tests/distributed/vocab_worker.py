@@ -1,16 +1,13 @@
 """One rank of `test_vocab_parallel.py`: the ops on its shard of the vocabulary, split over all ranks and over two.
 
-python vocab_worker.py RANK WORLD_SIZE STORE OUT
-
 T loss rows, V vocabulary, D hidden.
 """
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass
 from functools import partial
-from itertools import accumulate, pairwise
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -18,19 +15,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
+from vocabulary import REMOVED, SHARDS, V, each_group, shard
 
 from triton_kernels import Objective, linear_grpo_loss, linear_logprob
 
-V, D = 48, 12
-REMOVED = [3, 31]
-"""Tokens with a bias of -inf; 31 is a shard of its own in the uneven split over three ranks."""
-
-SHARDS = {
-    "even": {2: [24, 24], 3: [16, 16, 16]},
-    "uneven": {2: [31, 17], 3: [31, 1, 16]},
-    "empty first": {2: [0, 48], 3: [0, 20, 28]},
-    "empty last": {2: [48, 0], 3: [31, 17, 0]},
-}
+D = 12
 
 
 @dataclass(frozen=True)
@@ -118,8 +107,7 @@ GRPO_CASES = {
 
 def sharded(inputs: list[Tensor], shards: str, group: ProcessGroup) -> list[Tensor]:
     """[hidden_TD, weight_VD, bias_V] as this rank of the group gives them."""
-    start, stop = list(pairwise([0, *accumulate(SHARDS[shards][group.size()])]))[group.rank()]
-    return [inputs[0], *(x[start:stop] for x in inputs[1:])]
+    return [inputs[0], *(x[shard(shards, group)] for x in inputs[1:])]
 
 
 def scored(
@@ -187,19 +175,11 @@ def refusal(targets: list[int], group: ProcessGroup) -> str:
     return "none"
 
 
-def main() -> None:
-    rank, world, out = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[4])
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", store=dist.FileStore(sys.argv[3], world), rank=rank, world_size=world)
-    last_two = dist.new_group([world - 2, world - 1])  # their ranks in the group are not those in the world
-    for group in [dist.group.WORLD, last_two] if rank >= world - 2 else [dist.group.WORLD]:
+def main(rank: int, world: int, store: dist.Store, out: Path) -> None:
+    """Write the results of every case in each group."""
+    for group in each_group(rank, world, store):
         results: dict[str, Any] = {name: run(case, group) for name, case in (CASES | GRPO_CASES).items()}
         results["removed target"] = removed_target(group)
         targets = {"rows": [1] * (group.rank() + 1), "high": [0, V], "low": [0, -1], "fine": [0, V - 1]}
         results["refusals"] = {name: refusal(target, group) for name, target in targets.items()}
         torch.save(results, out / f"{group.size()}-{group.rank()}.pt")
-    dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main()
