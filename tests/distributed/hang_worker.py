@@ -1,6 +1,5 @@
-"""The worlds of `test_hangs.py`: three ranks each over gloo, all at once, forked as importing torch takes seconds.
-
-python hang_worker.py OUT SCENARIO...
+"""The worlds of `test_hangs.py`: three ranks each over gloo, all at once, forked from the one process that
+`main` runs in.
 
 A rank's stderr is OUT/SCENARIO-RANK.txt; OUT/results.json has each rank's exit status and seconds to its end.
 """
@@ -195,7 +194,7 @@ def serve(out: Path, name: str) -> tuple[int, int]:
     return pid, int(os.read(reader, 10))
 
 
-def start_all(out: Path, names: list[str], ports: dict[str, int]) -> dict[int, tuple[str, int]]:
+def start_all(out: Path, names: tuple[str, ...], ports: dict[str, int]) -> dict[int, tuple[str, int]]:
     """Scenario and rank of each process id, once all have begun."""
     start, ranks = out / "start", {}
     start.mkdir()
@@ -218,9 +217,8 @@ def start_all(out: Path, names: list[str], ports: dict[str, int]) -> dict[int, t
     return ranks
 
 
-def main() -> None:
-    out, names = Path(sys.argv[1]), sys.argv[2:]
-    torch.set_num_threads(1)
+def main(rank: int, world: int, store: dist.Store, out: Path, *names: str) -> None:
+    """Run the scenarios; this process is no rank of any."""
     stores = {name: serve(out, name) for name in names if "store" in name or name == "late_for_the_next_phase"}
     ranks = start_all(out, names, {name: port for name, (_, port) in stores.items()})
     begin, left = time.monotonic(), set(ranks)
@@ -240,7 +238,3 @@ def main() -> None:
     for pid in [*left, *(pid for pid, _ in stores.values())]:
         os.kill(pid, signal.SIGKILL)
     (out / "results.json").write_text(json.dumps(results))
-
-
-if __name__ == "__main__":
-    main()

@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import subprocess
-import sys
 from dataclasses import dataclass
-from pathlib import Path
 
+import hang_worker
 import pytest
 from hang_worker import SCENARIOS, TIMEOUT
-
-HERE = Path(__file__).parent
+from ranks import run_ranks
 
 
 @dataclass(frozen=True)
@@ -34,10 +30,7 @@ class Ends:
 def ends(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Ends]:
     """All scenarios, which run side by side: most of their time is waiting."""
     out = tmp_path_factory.mktemp("hangs")
-    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE.parent.parent), "CUDA_VISIBLE_DEVICES": ""}
-    env = {k: v for k, v in env.items() if k not in ("LOCAL_RANK", "GROUP_RANK", "MASTER_ADDR")}
-    command = [sys.executable, "-W", "ignore", str(HERE / "hang_worker.py"), str(out), *SCENARIOS]
-    subprocess.run(command, env=env, check=True, timeout=120)
+    run_ranks(hang_worker.main, 1, out, *SCENARIOS, timeout=120)
     results = json.loads((out / "results.json").read_text())
     return {
         name: Ends(
