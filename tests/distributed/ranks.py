@@ -23,11 +23,11 @@ _ON_THE_CPU = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}  # gloo, what
 _OF_A_LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
-def run_ranks(main: Callable[..., None], world: int, out: Path, *arguments: str, timeout: float = 300) -> None:
+def run_ranks(main: Callable[..., None], world: int, out: Path, *arguments: str, timeout: float = 300) -> list[str]:
     """Call `main(rank, world, store, out, *arguments)` on each of `world` ranks; the first that fails ends all.
 
-    `store` is a `dist.FileStore` of this call's own. A failure, or ranks that take longer than `timeout` seconds, is an
-    AssertionError with all that the ranks printed.
+    Returns what each rank printed. `store` is a `dist.FileStore` of this call's own. A failure, or ranks that take
+    longer than `timeout` seconds, is an AssertionError with all that the ranks printed.
     """
     _start_server()
     unique = out / f"{main.__module__}-{world}-{time.monotonic_ns()}"
@@ -53,6 +53,7 @@ def run_ranks(main: Callable[..., None], world: int, out: Path, *arguments: str,
                 rank.kill()
                 rank.join()
     assert [rank.exitcode for rank in ranks] == [0] * world, _printed(prints)
+    return [file.read_text() for file in prints]
 
 
 def _start_server() -> None:

@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch.distributed as dist
+from ranks import run_ranks
 
 from dsm_train.__main__ import main
 
@@ -45,6 +47,19 @@ def run_apart(stage: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     env = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")} | {"OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "dsm_train", stage, *arguments]
     return subprocess.run(command, capture_output=True, text=True, env=env, timeout=300)
+
+
+def run_on_ranks(ranks: int, out: Path, stage: str, *arguments: str) -> str:
+    """A stage on several ranks, without torchrun's own seconds; returns what the first rank printed."""
+    return run_ranks(stage_of_rank, ranks, out, stage, *arguments)[0]
+
+
+def stage_of_rank(rank: int, world: int, store: dist.Store, out: Path, *arguments: str) -> None:
+    """A rank's part of a stage, joined with the others as torchrun would have it."""
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+    os.environ |= {"WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world)}
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=world)
+    main([*arguments])
 
 
 def torchrun(ranks: int, *command: str) -> subprocess.CompletedProcess[str]:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from commands import GRPO, WARMUP, refused, run, torchrun, write_sevens
+from commands import GRPO, WARMUP, refused, run, run_on_ranks, torchrun, write_sevens
 
 from dsm_train.config import RunConfig
 from dsm_train.configs import VerifyStepConfig
@@ -46,19 +46,17 @@ def test_a_synthetic_step_on_two_ranks(tmp_path: Path) -> None:
 def test_a_recorded_step_on_two_ranks(tmp_path: Path) -> None:
     out, record = tmp_path / "run", tmp_path / "step.parquet"
     data = (f"data.path={write_sevens(tmp_path / 'data.jsonl')}", "data.prompt_template={question}=")
-    recorded = torchrun(2, "-m", "dsm_train", "grpo", *GRPO, *WARMUP, *data, "warmup.steps=10", "model.num_kv_heads=2",
-                        f"run.out={out}", "algorithm.epochs=2", f"record={record}", "record_step=2")  # fmt: skip
-    assert recorded.returncode == 0, recorded.stderr
+    run_on_ranks(2, tmp_path, "grpo", *GRPO, *WARMUP, *data, "warmup.steps=10", "model.num_kv_heads=2",
+                 f"run.out={out}", "algorithm.epochs=2", f"record={record}", "record_step=2")  # fmt: skip
     rollouts = read_rollouts(record)
     assert rollouts.sequences.num_prompts == 4 and rollouts.sequences.num_responses == 16  # of both replicas
     assert rollouts.old_logprob_T is not None and rollouts.ref_logprob_T is not None
     assert len(set(rollouts.reward_S.tolist())) > 1
 
-    result = torchrun(2, "-m", "dsm_train", "verify-step", *BATCH, *data, f"batch={record}", "--shuffle",
-                      "reference_layout=tp=2,sp=true", f"run.init={out / 'weights'}", f"run.out={out}")  # fmt: skip
-    assert result.returncode == 0, result.stderr
-    assert result.stdout.split()[:2] == ["dp2", "tp2-sp"] and "16 responses" in result.stdout
-    assert result.stdout.splitlines()[-1] == "PASS: the same step as tp2-sp"
+    printed = run_on_ranks(2, tmp_path, "verify-step", *BATCH, *data, f"batch={record}", "--shuffle",
+                           "reference_layout=tp=2,sp=true", f"run.init={out}/weights", f"run.out={out}")  # fmt: skip
+    assert printed.split()[:2] == ["dp2", "tp2-sp"] and "16 responses" in printed
+    assert printed.splitlines()[-1] == "PASS: the same step as tp2-sp"
 
 
 def test_one_rank_and_a_difference(
