@@ -1,7 +1,9 @@
 # make quickstart   install what training needs, then train a small model on the CPU (minutes)
 # make corpus-demo  install what mining a corpus needs, then mine a synthetic web (minutes)
-# make test         install, then all tests that need no GPU
+# make test         install, then all tests that need no GPU and are not slow
+# make test-all     install, then the slow ones too
 # make lint         formatting, lint, types
+# make check        lint beside test
 # Each works as the first command on a machine with Python 3.11 or 3.12, a C++ compiler and make.
 
 PYTHON ?= python3
@@ -9,7 +11,7 @@ VENV   ?= .venv
 PY     := $(VENV)/bin/python
 PIP    := $(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: quickstart corpus-demo test test-native test-interpreter lint clean
+.PHONY: quickstart corpus-demo test test-all check lint clean
 
 quickstart: $(VENV)/.train
 	$(PY) -m dsm_train grpo --config recipes/quickstart.yaml
@@ -17,15 +19,37 @@ quickstart: $(VENV)/.train
 corpus-demo: $(VENV)/.corpus
 	$(PY) -m dsm_train corpus demo
 
-# Both at once: each is one process most of the time.
-test: $(VENV)/.dev
-	$(MAKE) --no-print-directory --jobs 2 --output-sync=target test-native test-interpreter
+# The tests in parts, two at a time and the longest first; each is on one core most of the time.
+TEST_PARTS := test-interpreter-attention test-interpreter test-ranks test-corpus test-rest
+SELECTED   ?= not slow
+PYTEST     := OMP_NUM_THREADS=1 $(PY) -m pytest
+IN_PARALLEL = $(MAKE) --no-print-directory --jobs 2 --keep-going --output-sync=target
 
-test-native: $(VENV)/.dev
-	$(PY) -m pytest tests
+.PHONY: $(TEST_PARTS)
+
+test: $(VENV)/.dev
+	$(IN_PARALLEL) $(TEST_PARTS)
+
+test-all: $(VENV)/.dev
+	$(IN_PARALLEL) $(TEST_PARTS) SELECTED="slow or not slow"
+
+check: $(VENV)/.dev
+	$(IN_PARALLEL) $(TEST_PARTS) lint
+
+test-interpreter-attention: $(VENV)/.dev
+	TRITON_INTERPRET=1 $(PYTEST) tests/ops/attention -m "not no_interpret and not gpu and ($(SELECTED))"
 
 test-interpreter: $(VENV)/.dev
-	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(PY) -m pytest tests/ops -m "not no_interpret and not gpu"
+	TRITON_INTERPRET=1 $(PYTEST) tests/ops --ignore=tests/ops/attention -m "not no_interpret and not gpu and ($(SELECTED))"
+
+test-ranks: $(VENV)/.dev
+	$(PYTEST) tests/distributed tests/end_to_end -m "$(SELECTED)"
+
+test-corpus: $(VENV)/.dev
+	$(PYTEST) tests/corpus -m "$(SELECTED)"
+
+test-rest: $(VENV)/.dev
+	$(PYTEST) tests --ignore=tests/distributed --ignore=tests/end_to_end --ignore=tests/corpus -m "$(SELECTED)"
 
 lint: $(VENV)/.dev
 	$(PY) -m ruff check .

@@ -13,11 +13,6 @@ if TYPE_CHECKING:
     from dsm_train.megatron.parallel import Parallel
 
 
-def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "gpu: needs a CUDA GPU")
-    config.addinivalue_line("markers", "no_interpret: does not run under TRITON_INTERPRET=1")
-
-
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if "gpu" in item.keywords and not torch.cuda.is_available():
