@@ -6,6 +6,7 @@ import json
 import math
 import os
 import random
+import shutil
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -172,10 +173,33 @@ def classifier_model(folder: Path) -> Path:
     return folder / "model.bin"
 
 
+@pytest.fixture
+def web(tmp_path: Path) -> CorpusConfig:
+    """A corpus before its first round."""
+    return make_web(tmp_path / "corpus")
+
+
 @pytest.fixture(scope="module")
-def web(tmp_path_factory: pytest.TempPathFactory) -> CorpusConfig:
+def made_once(tmp_path_factory: pytest.TempPathFactory) -> CorpusConfig:
+    """A corpus after its first round, and a copy of its folder beside it."""
+    web = make_web(tmp_path_factory.mktemp("waiting") / "corpus")
+    with pytest.raises(rounds.AnnotationNeeded):
+        rounds.run(web)
+    shutil.copytree(web.run.out, web.run.out.with_name("copy"))
+    return web
+
+
+@pytest.fixture
+def waiting(made_once: CorpusConfig) -> CorpusConfig:
+    """A corpus whose round 1 is done, and whose round 2 waits for a person; whatever other tests did to its folder."""
+    out = made_once.run.out  # a folder of the test's own would be another configuration
+    shutil.rmtree(out)
+    shutil.copytree(out.with_name("copy"), out)
+    return made_once
+
+
+def make_web(out: Path) -> CorpusConfig:
     """Math sites, hidden ones that share a few pages with them, and others; the seed is half of the math sites."""
-    out = tmp_path_factory.mktemp("corpus")
     pages = [page for site in range(4) for page in make_pages(f"math{site}.org", MATH, 40, "notes/")]
     seeds = pages[:80]
     for site in range(3):
@@ -198,6 +222,13 @@ def web(tmp_path_factory: pytest.TempPathFactory) -> CorpusConfig:
     )
 
 
+def annotate(web: CorpusConfig) -> None:
+    """What a person says after round 1."""
+    (web.run.out / "round-1" / "annotations.yaml").write_text(
+        "done: true\nmath: [hidden0.org, hidden1.org/p, hidden2.org/p]\nnot_math: [hidden0.org/shop]\n"
+    )
+
+
 def hidden_share(folder: Path) -> float:
     """Share of the hidden mathematical pages that was collected."""
     return sum("hidden" in page.url and "/p/" in page.url for path in shards(folder) for page in read_pages(path)) / 120
@@ -216,9 +247,7 @@ def test_a_run_waits_for_a_person_and_goes_on(web: CorpusConfig, capsys: pytest.
     assert text.index("hidden0.org/p ") < text.index("# - math") and text.count("to gain\n#\n") == 3
     assert "hidden0.org" in (out / "round-1" / "annotate.html").read_text()
 
-    (out / "round-1" / "annotations.yaml").write_text(
-        "done: true\nmath: [hidden0.org, hidden1.org/p, hidden2.org/p]\nnot_math: [hidden0.org/shop]\n"
-    )
+    annotate(web)
     model = (out / "round-1" / "train" / "model.bin").stat().st_mtime_ns
     (second,) = rounds.run_rounds(web, shards(out / "dedup"), out)[1:]
     assert (out / "round-1" / "train" / "model.bin").stat().st_mtime_ns == model  # round 1 was not done again
@@ -240,12 +269,13 @@ def test_a_run_waits_for_a_person_and_goes_on(web: CorpusConfig, capsys: pytest.
     assert len(rows) == 5 and rows[-1].startswith("| 3 |")
 
 
-def test_annotations_that_were_used_cannot_be_changed_behind_a_round(web: CorpusConfig) -> None:
-    """Runs after the test above: round 2 was made with other annotations."""
-    path = web.run.out / "round-1" / "annotations.yaml"
-    path.write_text("done: true\nmath: [hidden0.org]\n")
+def test_annotations_that_were_used_cannot_be_changed_behind_a_round(waiting: CorpusConfig) -> None:
+    out = waiting.run.out
+    annotate(waiting)
+    assert rounds.run_rounds(waiting, shards(out / "dedup"), out)[-1].round == 2
+    (out / "round-1" / "annotations.yaml").write_text("done: true\nmath: [hidden0.org]\n")
     with pytest.raises(StepError, match="round 2 examples.*another configuration.*annotations.math"):
-        rounds.run_rounds(web, shards(web.run.out / "dedup"), web.run.out)
+        rounds.run_rounds(waiting, shards(out / "dedup"), out)
 
 
 @pytest.mark.parametrize(
@@ -256,25 +286,23 @@ def test_annotations_that_were_used_cannot_be_changed_behind_a_round(web: Corpus
         ({"domains": {"min_pages": 50}}, "round 1 prefixes.*min_pages was 10 and is 50"),
     ],
 )
-def test_a_round_belongs_to_its_configuration(web: CorpusConfig, other: dict, said: str) -> None:
-    """Runs after the tests above."""
-    changed = {section: replace(getattr(web, section), **values) for section, values in other.items()}
-    cut = (web.run.out / "round-1" / "cut" / "cut.json").read_bytes()
+def test_a_round_belongs_to_its_configuration(waiting: CorpusConfig, other: dict, said: str) -> None:
+    out = waiting.run.out
+    changed = {section: replace(getattr(waiting, section), **values) for section, values in other.items()}
+    cut = (out / "round-1" / "cut" / "cut.json").read_bytes()
     with pytest.raises(StepError, match=said):
-        rounds.run_rounds(replace(web, **changed), shards(web.run.out / "dedup"), web.run.out)
-    assert (web.run.out / "round-1" / "cut" / "cut.json").read_bytes() == cut
+        rounds.run_rounds(replace(waiting, **changed), shards(out / "dedup"), out)
+    assert (out / "round-1" / "cut" / "cut.json").read_bytes() == cut
 
 
 def test_a_budget_that_holds_all_pages_chooses_none(web: CorpusConfig) -> None:
-    """Runs after the tests above."""
     large = replace(web, rounds=replace(web.rounds, budget_tokens=(10**9,)))
     with pytest.raises(ValueError, match=r"rounds.budget_tokens: 1,000,000,000 hold all \d+,\d+ tokens.* lower it"):
         rounds.run_rounds(large, shards(web.run.out / "dedup"), web.run.out)
 
 
-def test_samples_are_of_the_domain_and_most_were_not_collected(web: CorpusConfig) -> None:
-    """Runs after the tests above, on their round 1."""
-    out = web.run.out
+def test_samples_are_of_the_domain_and_most_were_not_collected(waiting: CorpusConfig) -> None:
+    out = waiting.run.out
     files = [f"{index:05d}" for index in range(2)]
     found = [
         Shard(

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import random
-import time
 from pathlib import Path
 
 import pytest
+from growth import TIMES, is_linear
 
 from dsm_train.corpus.text.detect import decode, detect_language, printable
 from dsm_train.corpus.text.html import NestedTooDeep, html_to_text
@@ -194,13 +194,7 @@ GROWING = {
 
 @pytest.mark.parametrize("name", GROWING)
 def test_time_is_linear_in_the_page(name: str) -> None:
-    seconds = []
-    for count in (5_000, 20_000):
-        page = GROWING[name](count).encode()
-        started = time.process_time()
-        html_to_text(page)
-        seconds.append(time.process_time() - started)
-    assert seconds[1] < 10 * seconds[0] + 0.1  # four times the page; quadratic time would be sixteen times
+    assert is_linear(html_to_text, *(GROWING[name](count).encode() for count in (4_000, 4_000 * TIMES)))
 
 
 def test_elements_nested_without_end_are_refused() -> None:
