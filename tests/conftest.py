@@ -1,4 +1,4 @@
-"""Fixtures of all tests. Tests marked `gpu` skip visibly without one; `no_interpret` under TRITON_INTERPRET=1."""
+"""Fixtures of all tests. Tests marked `gpu` skip visibly without a GPU; `no_interpret` under TRITON_INTERPRET=1."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def device(request: pytest.FixtureRequest) -> torch.device:
 
 @pytest.fixture(scope="module")
 def layout() -> Iterator[Parallel]:
-    """One rank, alone."""
+    """The layout of a single rank."""
     # Imported here: the ops' tests run without Megatron.
     from dsm_train.config import ParallelConfig
     from dsm_train.megatron import parallel

@@ -1,4 +1,4 @@
-"""Whether work grows linearly with its input, without a limit in seconds that a busy machine could exceed."""
+"""Linear growth of work with its input, tested without a limit in seconds that a busy machine could exceed."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _TRIES = 5
 
 
 def is_linear(work: Callable[[Input], object], small: Input, large: Input) -> bool:
-    """Whether `work` takes less than 24 times as long on `large`, which is TIMES as large as `small`.
+    """True if `work` takes less than 24 times as long on `large`, which is TIMES as large as `small`.
 
     The shortest of up to five runs of each counts: CPU time is only ever lengthened by what else the machine does.
     """

@@ -1,4 +1,4 @@
-"""What Megatron's own dataset classes draw from a dataset."""
+"""Documents that Megatron's own dataset classes draw from a dataset."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from dsm_train.data.tokenizer import Tokenizer
 
 @dataclass(frozen=True)
 class EndOfDocument:
-    """What Megatron's datasets ask of a tokenizer."""
+    """A tokenizer as Megatron's datasets need it: the id that ends a document."""
 
     eod: int
     vocab_size: int
@@ -22,12 +22,13 @@ class EndOfDocument:
 def drawn_documents(dataset: Path, tokenizer: Tokenizer, length: int) -> list[list[int]]:
     """The documents in an epoch of `GPTDataset`: all of them, in another order, cut into samples of `length` tokens.
 
-    The last one may be cut short: what is left of the last sample is not drawn.
+    The last one may be cut short: the rest of the last sample is not drawn.
     """
+    from dsm_train.megatron import platform
+
+    platform.enable()  # before anything else of megatron-core is imported
     from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
     from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
-
-    import dsm_train.megatron  # noqa: F401 (adapts megatron-core to the CPU)
 
     config = GPTDatasetConfig(
         random_seed=1,

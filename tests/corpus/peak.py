@@ -1,4 +1,4 @@
-"""How much memory code takes at most, in a process of its own."""
+"""Peak memory of code that runs in a process of its own."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def peak_kibibytes():
 
 
 def printed_by(code: str, *arguments: object) -> str:
-    """What the code prints, which can call `peak_kibibytes()` and finds the arguments in `sys.argv[1:]`."""
+    """Output of `code`, which can call `peak_kibibytes()` and finds the arguments in `sys.argv[1:]`."""
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     command = [sys.executable, "-c", _PEAK + code, *map(str, arguments)]
     return subprocess.check_output(command, text=True, env=environment)

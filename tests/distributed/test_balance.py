@@ -1,4 +1,4 @@
-"""Work shared out over real data-parallel ranks: nothing lost, nothing doubled, nothing changed, and evener."""
+"""Work balanced over real data-parallel ranks: no response lost, doubled or changed, and evener shares."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Ranks = dict[str, list[dict[str, Any]]]
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> Ranks:
-    """What the ranks of every case wrote."""
+    """Results of the ranks of every case."""
     out = tmp_path_factory.mktemp("balance")
     for world in (2, 3):
         names = [name for name, replicas in CASES.items() if len(replicas) == world]

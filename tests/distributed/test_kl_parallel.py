@@ -27,12 +27,12 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module", params=[2, 3])
 def ranks(request: pytest.FixtureRequest, written: Path) -> Ranks:
-    """What every rank of the group wrote."""
+    """Results of every rank of the group."""
     return [torch.load(written / f"{request.param}-{rank}.pt") for rank in range(request.param)]
 
 
 def dense(case: Case) -> list[Tensor | None]:
-    """kl_T and the gradients, of all logits at once, in fp64. What is removed is -1e4 here: autograd has no 0 * inf."""
+    """kl_T and the gradients, of all logits at once, in fp64. Removed tokens get -1e4: autograd has no 0 * inf."""
     heads = [x.double().clamp(min=-1e4) for x in case.tensors()]
     heads = [x.requires_grad_(i in case.wants) for i, x in enumerate(heads)]
     log_p_TV, log_q_TV = (

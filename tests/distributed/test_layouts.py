@@ -23,7 +23,7 @@ Results = dict[str, list[dict[str, Any]]]
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
-    """What the ranks of every layout wrote; all layouts of a size in the same processes."""
+    """Results of the ranks of every layout; all layouts of a size run in the same processes."""
     out = tmp_path_factory.mktemp("layouts")
     written: Results = {}
     ones = [name for name in CASES if name.startswith("one")]

@@ -27,7 +27,7 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module", params=[2, 3])
 def ranks(request: pytest.FixtureRequest, written: Path) -> Ranks:
-    """What every rank of the group wrote."""
+    """Results of every rank of the group."""
     return [torch.load(written / f"{request.param}-{rank}.pt") for rank in range(request.param)]
 
 

@@ -143,13 +143,13 @@ def lost(
 
 
 def gradients(inputs: list[Tensor], total: Tensor) -> list[Tensor | None]:
-    """Of `total` by hidden states, weight and bias; None where it has none."""
+    """Gradients of `total` by hidden states, weight and bias; None for those that want none."""
     total.backward()
     return [x.grad for x in inputs]
 
 
 def run(case: Case | GrpoCase, group: ProcessGroup) -> dict[str, Any]:
-    """What the op gives, the hidden states' gradient left as a part, and whether a second run gave the same bits."""
+    """The op's results, its unreduced part of the hidden states' gradient, and if a second run gave the same bits."""
     inputs, rows = case.tensors()
     op = partial(scored if isinstance(case, Case) else lost, case, sharded(inputs, case.shards, group), rows, group)
     first, second, part = op(), op(), op(reduce_dx=False)
@@ -166,7 +166,7 @@ def removed_target(group: ProcessGroup) -> list[Tensor]:
 
 
 def refusal(targets: list[int], group: ProcessGroup) -> str:
-    """What `linear_logprob` says to these targets."""
+    """The error of `linear_logprob` on these targets, or "none"."""
     inputs = sharded([torch.zeros(len(targets), D), torch.zeros(V, D), torch.zeros(V)], "uneven", group)
     try:
         linear_logprob(*inputs[:2], torch.tensor(targets), tp_group=group)

@@ -1,4 +1,4 @@
-"""Decontamination: what counts as the same words, what is removed, what is only reported, and the step's report."""
+"""Decontamination: equal words, removed and merely reported pages, and the step's report."""
 
 from __future__ import annotations
 

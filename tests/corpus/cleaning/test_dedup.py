@@ -1,4 +1,4 @@
-"""Deduplication: against a union of all pairs in memory, against datatrove's own stages, and on cases one can read."""
+"""Deduplication against a union of all pairs in memory, against datatrove's own stages, and on small cases."""
 
 from __future__ import annotations
 

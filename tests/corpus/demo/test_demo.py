@@ -1,4 +1,4 @@
-"""`corpus demo`, small: what it finds of what was planted, and that a run that was killed ends like any other."""
+"""`corpus demo`, small: it finds the planted mathematics, and a killed run resumes to the same bytes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The synthetic web: the same bytes for the same seed, WARC files that others read, and as much planted as it says."""
+"""The synthetic web: one seed, the same bytes; WARC files that other tools read; the planted pages that it reports."""
 
 from __future__ import annotations
 

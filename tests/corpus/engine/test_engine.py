@@ -1,4 +1,4 @@
-"""The engine: what is finished stays finished, whatever happens to workers, disks and configurations."""
+"""The engine: finished shards stay finished, whatever happens to workers, disks and configurations."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def entries(diary: Path) -> list[int]:
 
 @pytest.fixture
 def undisturbed(tmp_path: Path) -> dict[str, bytes]:
-    """What a run of 8 shards gives when nothing happens."""
+    """Output of a run of 8 shards that nothing disturbs."""
     inputs, out = shards_of_pages(tmp_path / "in", 8), tmp_path / "undisturbed"
     run_step("copy", shard_tasks(inputs, out, TWO), Copy(tmp_path / "other-diary"), TWO, out)
     return content(out)
@@ -165,7 +165,7 @@ def wait_until(condition: object, seconds: float = 60.0) -> None:
 
 
 def runs(process: int) -> bool:
-    """Whether a process has not ended; one that nobody has waited for, as in some containers, has."""
+    """True until a process has ended; a zombie, which init does not reap in some containers, has ended."""
     try:
         state = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0]
     except OSError:

@@ -1,4 +1,4 @@
-"""Shards of pages: what is written is read, and what is broken says so."""
+"""Shards of pages: written and read back, and errors that name the damaged line."""
 
 from __future__ import annotations
 

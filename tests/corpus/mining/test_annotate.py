@@ -1,4 +1,4 @@
-"""Annotations: what a URL belongs to, files that people write, rules, and the page for the browser."""
+"""Annotations: the prefix a URL belongs to, files that people write, rules, and the page for the browser."""
 
 from __future__ import annotations
 

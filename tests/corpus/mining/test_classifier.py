@@ -1,4 +1,4 @@
-"""The classifier: it ranks, it is the same twice, folding loses nothing, and a model that cannot rank is refused."""
+"""The classifier: it ranks, is deterministic, loses nothing by folding, and a model that cannot rank is refused."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Rounds: the work of their steps, and a run that waits for a person, goes on, and finds what it was told of."""
+"""Rounds: the work of their steps, and a run that waits for annotations, resumes, and finds the annotated sites."""
 
 from __future__ import annotations
 
@@ -223,7 +223,7 @@ def make_web(out: Path) -> CorpusConfig:
 
 
 def annotate(web: CorpusConfig) -> None:
-    """What a person says after round 1."""
+    """Write the annotations of round 1, as a person would."""
     (web.run.out / "round-1" / "annotations.yaml").write_text(
         "done: true\nmath: [hidden0.org, hidden1.org/p, hidden2.org/p]\nnot_math: [hidden0.org/shop]\n"
     )

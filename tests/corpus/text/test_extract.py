@@ -1,4 +1,4 @@
-"""WARC and WET files to pages: whatever is broken is counted, and nothing around it is lost."""
+"""WARC and WET files to pages: damaged records are counted, and the records around them are kept."""
 
 from __future__ import annotations
 

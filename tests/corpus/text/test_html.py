@@ -1,4 +1,4 @@
-"""HTML to text: every kind of mathematics is kept, what is not the text goes, and no bytes are too strange."""
+"""HTML to text: every kind of mathematics is kept, boilerplate is removed, and no bytes raise."""
 
 from __future__ import annotations
 

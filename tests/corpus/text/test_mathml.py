@@ -1,4 +1,4 @@
-"""MathML without a TeX annotation becomes LaTeX, and what MathJax draws of it too."""
+"""MathML without a TeX annotation, and MathJax's rendering of it, become LaTeX."""
 
 from __future__ import annotations
 
