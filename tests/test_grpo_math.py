@@ -12,11 +12,11 @@ import tiny
 import torch
 
 from dsm_train.config import AlgorithmConfig
-from dsm_train.grpo import PRESETS, Algorithm, algorithm, token_rows, token_weights
+from dsm_train.grpo import PRESETS, Algorithm, algorithm, token_weights
 from dsm_train.megatron.parallel import Parallel
 from dsm_train.packing.microbatch import pack
 from dsm_train.types import Rollouts, Sequences
-from dsm_train.update import Rows
+from dsm_train.update import Rows, minibatches
 from triton_kernels import Objective, group_advantage
 
 RESPONSE_CU = torch.tensor([0, 2, 2, 5, 6], dtype=torch.int32)  # lengths 2, 0, 3, 1
@@ -90,7 +90,7 @@ def rollouts() -> Rollouts:
 
 
 def test_rows_carry_their_responses_advantage(layout: Parallel) -> None:
-    ((part, rows),) = token_rows(rollouts(), Algorithm(Objective(), scale="none"), 1, 4, layout)
+    ((part, rows),) = minibatches(rollouts(), Algorithm(Objective(), scale="none"), 4, layout)
     assert part.num_responses == 4
     # centred on the group's mean: 1/2 for the first group, 3/2 for the second
     assert rows.advantage_T.tolist() == [0.5, 0.5, -0.5, -1.5, -1.5, -1.5, 1.5, 1.5]
@@ -102,8 +102,8 @@ def test_rows_carry_their_responses_advantage(layout: Parallel) -> None:
 def test_each_minibatch_is_an_optimizer_step_of_its_own(layout: Parallel, average: str) -> None:
     algo = Algorithm(Objective(), average=average)
     (whole, all_rows), parts = (
-        *token_rows(rollouts(), algo, 1, 4, layout),
-        token_rows(rollouts(), algo, 2, 4, layout),
+        *minibatches(rollouts(), algo, 4, layout),
+        minibatches(rollouts(), replace(algo, minibatches=2), 4, layout),
     )
     assert [part.num_prompts for part, _ in parts] == [1, 1]
     assert torch.equal(torch.cat([part.response_token_T for part, _ in parts]), whole.response_token_T)
@@ -115,7 +115,7 @@ def test_each_minibatch_is_an_optimizer_step_of_its_own(layout: Parallel, averag
 
 def test_on_policy_rows_have_no_old_log_probabilities(layout: Parallel) -> None:
     on_policy = replace(rollouts(), old_logprob_T=None, ref_logprob_T=None)
-    ((_, rows),) = token_rows(on_policy, PRESETS["dapo"], 1, 4, layout)
+    ((_, rows),) = minibatches(on_policy, PRESETS["dapo"], 4, layout)
     assert rows.old_logprob_T is None and rows.ref_logprob_T is None
 
 
@@ -123,16 +123,14 @@ def test_groups_may_be_ragged(layout: Parallel) -> None:
     """Three responses to the first prompt, one to the second: group sizes are the sequences' own."""
     whole = rollouts()
     sequences = replace(whole.sequences, group_cu=torch.tensor([0, 3, 4], dtype=torch.int32))
-    ((part, rows),) = token_rows(
-        replace(whole, sequences=sequences), Algorithm(Objective(), scale="none"), 1, 4, layout
-    )
+    ((part, rows),) = minibatches(replace(whole, sequences=sequences), Algorithm(Objective(), scale="none"), 4, layout)
     assert part.group_cu.tolist() == [0, 3, 4]
     # rewards 1, 0, 0 about 1/3; a group of one has advantage 0, and stays for its KL
     torch.testing.assert_close(rows.advantage_T, torch.tensor([2 / 3, 2 / 3, *[-1 / 3] * 4, 0, 0]))
 
 
 def test_minibatches_that_do_not_divide_the_groups_are_all_there(layout: Parallel) -> None:
-    parts = token_rows(rollouts(), PRESETS["grpo"], 3, 4, layout)
+    parts = minibatches(rollouts(), replace(PRESETS["grpo"], minibatches=3), 4, layout)
     assert [part.num_responses for part, _ in parts] == [0, 2, 2]
     assert all(rows.weight_T.numel() == part.response_token_T.numel() for part, rows in parts)
 
@@ -142,32 +140,34 @@ NO_KL = Algorithm(Objective(kl_coef=0.0), scale="none")
 
 def test_responses_that_cannot_move_the_policy_are_left_out(layout: Parallel) -> None:
     scored = replace(rollouts(), reward_S=torch.tensor([1.0, 1.0, 0.0, 3.0]), ref_logprob_T=None)
-    ((part, rows),) = token_rows(scored, NO_KL, 1, 4, layout)
+    ((part, rows),) = minibatches(scored, NO_KL, 4, layout)
     assert part.num_prompts == 1 and torch.equal(part.prompt(0), scored.sequences.prompt(1))
     assert torch.equal(part.response_token_T, scored.sequences.response_token_T[3:])
     assert torch.equal(rows.old_logprob_T, torch.arange(3.0, 8.0))
     # weighted with those left out: 4 responses
     torch.testing.assert_close(rows.weight_T, torch.tensor([*[1 / 12] * 3, 1 / 8, 1 / 8]))
     for objective in (Objective(), Objective(kl_coef=0.0, entropy_coef=0.01)):
-        ((part, _),) = token_rows(scored, replace(NO_KL, objective=objective), 1, 4, layout)
+        ((part, _),) = minibatches(scored, replace(NO_KL, objective=objective), 4, layout)
         assert part.num_responses == 4
 
 
 def test_a_step_may_have_nothing_to_learn_from(layout: Parallel) -> None:
-    ((part, rows),) = token_rows(replace(rollouts(), reward_S=torch.ones(4)), NO_KL, 1, 4, layout)
+    ((part, rows),) = minibatches(replace(rollouts(), reward_S=torch.ones(4)), NO_KL, 4, layout)
     assert part.num_responses == part.num_prompts == rows.weight_T.numel() == 0
     assert len(pack(part, 10, torch.device("cpu"))) == 1
 
 
 @pytest.mark.parametrize("average", ["response", "token", "fixed"])
 def test_a_replica_may_have_no_response(layout: Parallel, average: str) -> None:
-    nothing = Rollouts(Sequences.from_lists([], []), *(torch.empty(0) for _ in range(4)), weight_version=0)
-    ((part, rows), _) = token_rows(nothing, replace(NO_KL, average=average), 2, 4, layout)
+    nothing = Rollouts(
+        Sequences.from_lists([], []), *(torch.empty(0) for _ in range(4)), weight_version=0, reward_S=torch.empty(0)
+    )
+    ((part, rows), _) = minibatches(nothing, replace(NO_KL, average=average, minibatches=2), 4, layout)
     assert part.num_responses == rows.weight_T.numel() == rows.advantage_T.numel() == 0
 
 
 def test_taking_rows_keeps_what_is_absent_absent(layout: Parallel) -> None:
-    ((_, rows),) = token_rows(replace(rollouts(), old_logprob_T=None), PRESETS["grpo"], 1, 4, layout)
+    ((_, rows),) = minibatches(replace(rollouts(), old_logprob_T=None), PRESETS["grpo"], 4, layout)
     taken = rows.take(torch.tensor([5, 0]))
     assert taken.old_logprob_T is None
     assert taken.ref_logprob_T.tolist() == [-5.0, 0.0]

@@ -65,10 +65,22 @@ def test_rows_of_taken_responses() -> None:
 
 
 def test_groups_are_sequences_of_their_own() -> None:
-    part, span_S, span_T = WHOLE.groups(1, 3)
-    assert (span_S, span_T) == (slice(2, 6), slice(4, 16))
-    assert pairs(part) == pairs(WHOLE)[span_S] and part.group_cu.tolist() == [0, 2, 4]
-    assert torch.equal(part.response_token_T, WHOLE.response_token_T[span_T])
+    index_S = WHOLE.responses_of(torch.tensor([2, 0]))
+    assert index_S.tolist() == [4, 5, 0, 1] and WHOLE.prompts_of(index_S).tolist() == [2, 0]
+    part = WHOLE.take(index_S)
+    assert pairs(part) == [pairs(WHOLE)[s] for s in index_S] and part.group_cu.tolist() == [0, 2, 4]
+
+
+def test_taken_rollouts_have_every_field_along_its_axis() -> None:
+    whole = rollouts(1, [2, 3], [2, 1, 3, 2])
+    index_S = torch.tensor([3, 1, 0])
+    taken, sequences = whole.take(index_S), whole.sequences
+    assert pairs(taken.sequences) == [pairs(sequences)[s] for s in index_S] and taken.weight_version == 3
+    index = {"P": sequences.prompts_of(index_S), "S": index_S, "T": sequences.rows_of(index_S)}
+    for field in fields(Rollouts):
+        if isinstance(value := getattr(whole, field.name), torch.Tensor):  # a field without an axis would be lost
+            assert torch.equal(getattr(taken, field.name), value[index[field.metadata["axis"]]]), field.name
+    assert replace(whole, reward_S=None).take(index_S).reward_S is None
 
 
 def test_parts_make_the_whole() -> None:

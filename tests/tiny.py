@@ -15,7 +15,8 @@ from torch import Tensor
 
 from dsm_train.config import ModelConfig, OptimConfig
 from dsm_train.megatron import weights
-from dsm_train.megatron.model import HiddenGPTModel, build_model, padded_vocab
+from dsm_train.megatron.heads import HeadSpec
+from dsm_train.megatron.model import HiddenGPTModel, build_model
 from dsm_train.megatron.parallel import Parallel
 from dsm_train.megatron.step import Model, TrainableModel
 from dsm_train.types import Sequences
@@ -24,13 +25,14 @@ if TYPE_CHECKING:
     from transformers import LlamaForCausalLM
 
 VOCAB = 50  # padded to 64, so that 14 rows of the head belong to no token
+HEAD = HeadSpec(VOCAB)
 # An initial scale of 0.3 keeps the tokens' logits well apart. Two query heads per key head: grouped-query attention.
 MODEL = ModelConfig(num_layers=2, hidden_size=32, num_heads=4, num_kv_heads=2, ffn_size=48, max_length=64, init_std=0.3)
 
 
 def chunks(layout: Parallel, config: ModelConfig = MODEL, seed: int = 0) -> list[HiddenGPTModel]:
     """This rank's chunks with seeded weights, norms included: all ones would hide a norm that is not applied."""
-    built = build_model(config, padded_vocab(VOCAB, config.vocab_multiple, layout.config.tp), layout)
+    built = build_model(config, HEAD, layout)
     weights.initialise(built, config, seed, layout)
     with torch.no_grad():
         for name, parameter in weights.named_weights(built):
@@ -41,14 +43,14 @@ def chunks(layout: Parallel, config: ModelConfig = MODEL, seed: int = 0) -> list
 
 def model(layout: Parallel, config: ModelConfig = MODEL, seed: int = 0) -> Model:
     """A model that is not trained."""
-    return Model(config, VOCAB, chunks(layout, config, seed), layout)
+    return Model(config, HEAD, chunks(layout, config, seed), layout)
 
 
 def trainable(
     layout: Parallel, config: ModelConfig = MODEL, optim: OptimConfig | None = None, steps: int = 10
 ) -> TrainableModel:
     """A model with its optimizer."""
-    return TrainableModel(config, VOCAB, chunks(layout, config), layout, optim or OptimConfig(lr=1e-3), steps)
+    return TrainableModel(config, HEAD, chunks(layout, config), layout, optim or OptimConfig(lr=1e-3), steps)
 
 
 def sequences(prompt_lengths: Sequence[int], response_lengths: Sequence[int], seed: int = 0) -> Sequences:

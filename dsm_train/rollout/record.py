@@ -36,6 +36,8 @@ def write_rollouts(path: Path, rollouts: Rollouts, parallel: Parallel) -> None:
     if not parallel.is_main:
         return
     whole = Rollouts.concatenate(replicas)
+    if not bool((whole.sequences.group_cu.diff() > 0).all()):
+        raise ValueError("a prompt without responses cannot be written: every row is a response")
     # Questions were dealt out in turn: group g of replica r is number g * replicas + r.
     place = [g * len(replicas) + r for r, part in enumerate(replicas) for g in range(part.sequences.num_prompts)]
     whole = whole.take(whole.sequences.responses_of(torch.tensor(place, dtype=torch.int64).argsort()))
@@ -67,8 +69,6 @@ def read_rollouts(path: Path) -> Rollouts:
 
 def _to_table(rollouts: Rollouts) -> pa.Table:
     sequences = rollouts.sequences
-    if not bool((sequences.group_cu.diff() > 0).all()):
-        raise ValueError("a prompt without responses cannot be written: every row is a response")
     prompt_S = sequences.prompt_of_response_S
     columns: dict[str, pa.Array] = {
         "group": pa.array(prompt_S.numpy()),

@@ -70,7 +70,7 @@ class Tolerance:
 
 TOLERANCES = {"fp32": Tolerance(1e-5, 1e-3, 1e-4), "bf16": Tolerance(3e-2, 0.3, 1e-2)}
 LATER = 10.0
-"""Ratio of the bounds of later steps to those of the first."""
+"""Ratio of the bounds after the first optimizer step to those of it."""
 
 
 @dataclass(frozen=True)
@@ -96,10 +96,11 @@ def compare(here: Replayed, there: Replayed, tolerance: Tolerance) -> list[Line]
     lines = []
     for number, (ours, theirs) in enumerate(zip(here.logprobs, there.logprobs, strict=True), start=1):
         of_stage = f" of stage {number}" if len(here.logprobs) > 1 else ""
+        bound = (tolerance if number == 1 else tolerance.later).relative
         for name, logprob_T in theirs.items():
             difference = ((ours[name] - logprob_T).abs() / (1 + logprob_T.abs())).max() if len(logprob_T) else 0.0
             mean, other = (float(values.mean()) if len(values) else 0.0 for values in (ours[name], logprob_T))
-            lines.append(Line(f"{name} log-probability{of_stage}", mean, other, float(difference), tolerance.relative))
+            lines.append(Line(f"{name} log-probability{of_stage}", mean, other, float(difference), bound))
     for number, (ours, theirs) in enumerate(zip(here.steps, there.steps, strict=True), start=1):
         prefix = f"step {number}: " if len(here.steps) > 1 else ""
         bound = tolerance if number == 1 else tolerance.later

@@ -12,11 +12,12 @@ import torch.distributed as dist
 
 from dsm_train.balance import balance
 from dsm_train.config import ParallelConfig
-from dsm_train.grpo import PRESETS, token_rows
+from dsm_train.grpo import PRESETS
 from dsm_train.megatron import parallel
 from dsm_train.packing.cost import estimated_cost
+from dsm_train.rows import Rows
 from dsm_train.types import Rollouts, Sequences
-from dsm_train.update import Rows
+from dsm_train.update import minibatches
 
 VOCAB = 2**30  # tokens by which a response is known wherever it goes
 
@@ -65,7 +66,7 @@ def main(rank: int, world: int, store: dist.Store, out: Path, *names: str) -> No
         work = {}
         for average in ("response", "token", "fixed"):
             algo = replace(PRESETS["grpo"], average=average, scale="batch")
-            ((sequences, rows),) = token_rows(rollouts, algo, 1, 64, layout)
+            ((sequences, rows),) = minibatches(rollouts, algo, 64, layout)
             work[average] = float(rows.weight_T.sum())
         cost = estimated_cost(sequences, tiny.MODEL, tiny.VOCAB)
         shared: tuple[Sequences, Rows] = balance(sequences, rows, cost, off if name == "off" else layout)

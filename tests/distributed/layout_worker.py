@@ -11,6 +11,7 @@ import torch.distributed as dist
 
 from dsm_train.config import ModelConfig, OptimConfig, ParallelConfig
 from dsm_train.grpo import token_weights
+from dsm_train.losses import SupervisedLoss
 from dsm_train.megatron import parallel, weights
 from dsm_train.megatron.parallel import Parallel
 from dsm_train.megatron.step import TrainableModel
@@ -18,7 +19,7 @@ from dsm_train.packing.microbatch import MicroBatch, pack, repeat_prompts
 from dsm_train.rollout.config import SamplingConfig
 from dsm_train.rollout.embedded import EmbeddedEngine
 from dsm_train.types import Prompt, Rollouts, Sequences
-from dsm_train.update import optimizer_step, supervised_loss
+from dsm_train.update import optimizer_step
 
 MODEL = replace(tiny.MODEL, num_layers=4)
 UNEVEN = replace(tiny.MODEL, num_layers=3)
@@ -99,12 +100,12 @@ def train(policy: TrainableModel, layout: Parallel, max_tokens: int) -> dict[str
     weight_T = token_weights(mine.response_cu, "response", SEQUENCES.num_responses, 0, fixed_length=1)
     batches = packed(mine, max_tokens, layout.config)
     shares = any(batch.layout.shares_prompts for batch in batches)
-    step = optimizer_step(policy, batches, supervised_loss(weight_T))
+    step = optimizer_step(policy, batches, SupervisedLoss(weight_T))
     return {
         "loss": step.loss,
         "grad_norm": step.grad_norm,
         "lr": step.lr,
-        "sums": step.stats.sums,
+        "sums": dict(step.stats.sums),
         "shares": shares,
     }
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import verify_worker
 from ranks import run_ranks
-from verify_worker import CLASSES, FOUR_RANKS, TWO_RANKS, cases
+from verify_worker import CLASSES, FOUR_RANKS, LATER, TWO_RANKS, cases
 
 SOUND = [*TWO_RANKS, *FOUR_RANKS]
 FAULTY = [name for world in (2, 4) for name in cases(world) if "!" in name]
@@ -31,12 +31,14 @@ def comparisons(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Lines]:
 def test_the_step_is_the_same(name: str, comparisons: dict[str, Lines]) -> None:
     lines = comparisons[name]
     tied = (TWO_RANKS | FOUR_RANKS)[name].model == "tied"
-    assert {"loss", "gradient norm", "gradient final_layernorm", "updated weights"} <= lines.keys()
-    assert ("gradient output_layer" in lines) != tied
+    first = "step 1: " if name.endswith("_stages") else ""
+    assert {f"{first}{what}" for what in ("loss", "gradient norm", "gradient final_layernorm")} <= lines.keys()
+    assert (f"{first}gradient output_layer" in lines) != tied
     for what, line in lines.items():
         assert line["holds"], line
-        if what.startswith("gradient"):
-            assert line["difference"] <= 1e-5 and line["there"] > 1e-4, line  # there is something to compare
+        if "gradient" in what:
+            assert line["tolerance"] <= (1e-4 if first else 1e-5)
+            assert line["there"] > 1e-4, line  # there is something to compare
 
 
 @pytest.mark.parametrize("name", FAULTY)
@@ -48,8 +50,11 @@ def test_a_wrong_step_is_found(name: str, comparisons: dict[str, Lines]) -> None
         kinds = {what for what, line in lines.items() if CLASSES[fault].removesuffix(".weight") in line["worst"]}
         assert wrong.keys() == {what for what in kinds if what.startswith("gradient ")} | {"gradient norm"}
         assert all(abs(value - 0.01) < 1e-3 for what, value in wrong.items() if what != "gradient norm")
+    elif fault in LATER:
+        assert wrong and all(what.startswith("step 2: ") for what in wrong)
+        assert ("step 2: learning rate" in wrong) == (fault == "schedule")
     elif fault in ("idle", "rate"):
-        assert wrong.keys() == {"updated weights"}
+        assert wrong.keys() == {"updated weights"} | ({"learning rate"} if fault == "rate" else set())
         assert wrong["updated weights"] == pytest.approx(1.0 if fault == "idle" else 0.01, rel=0.02)
     elif name == "dp!rank" or name == "dp_silent!rank":
         assert wrong.keys() == {"copies on several ranks"}  # the main rank's own gradient is right

@@ -10,6 +10,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import tiny
 import torch
@@ -17,19 +18,17 @@ import torch.distributed as dist
 
 from dsm_train.config import AlgorithmConfig, OptimConfig, ParallelConfig, RunConfig
 from dsm_train.configs import VerifyStepConfig
-from dsm_train.data.source import Tasks
-from dsm_train.data.tokenizer import train_tokenizer
 from dsm_train.grpo import algorithm
 from dsm_train.megatron import parallel, weights
-from dsm_train.megatron.step import Head, Loss, TrainableModel
+from dsm_train.megatron.heads import HeadSpec
+from dsm_train.megatron.step import TrainableModel
+from dsm_train.megatron.weights import ModelSpec
 from dsm_train.packing.microbatch import MicroBatch
 from dsm_train.rollout.config import SamplingConfig
-from dsm_train.run import Prepared
-from dsm_train.types import Rollouts
-from dsm_train.verify.comparison import TOLERANCES, Step, compare
-from dsm_train.verify.step import Job, replay
-from dsm_train.verify.synthetic import offset_logprobs, synthetic_rollouts
-from triton_kernels import LossOutput
+from dsm_train.stages.verify_step import Plan
+from dsm_train.verify.comparison import TOLERANCES, Replayed, compare
+from dsm_train.verify.replay import Replay, Witness
+from dsm_train.verify.synthetic import synthetic_rollouts
 
 MODEL = replace(tiny.MODEL, num_layers=4, max_length=80)
 MODELS = {
@@ -46,6 +45,8 @@ ALGORITHMS = {
     "fixed": replace(ALL_TERMS, average="fixed", scale="none"),
     "sequence": replace(ALL_TERMS, preset="gspo", kl_coef=0.04),
     "cispo": replace(ALL_TERMS, preset="cispo", scale="batch"),
+    # The second optimizer step of each stage is off-policy by itself; each minibatch is half of every replica's groups.
+    "passes": replace(ALL_TERMS, minibatches=2, epochs=2),
     # Neither KL nor entropy: groups without spread are left out, and a replica may be left with nothing.
     "idle": AlgorithmConfig(preset="dapo"),
 }
@@ -55,12 +56,14 @@ WHOLE = 10_000
 
 @dataclass(frozen=True)
 class Case:
-    """A layout, and what is done in it."""
+    """A layout, and the work in it."""
 
     layout: ParallelConfig = field(default_factory=ParallelConfig)
     model: str = "plain"
     algorithm: str = "response"
     max_tokens: int = 70
+    steps: int = 1
+    """Exploration stages."""
     shares: bool = True
     shuffle: bool = False
     fault: str = ""
@@ -69,7 +72,8 @@ class Case:
     def reference(self) -> str:
         """The name of the step to compare with."""
         # A loss divided by the number of micro-batches would be so in the reference layout as well.
-        return "-".join([self.model, self.algorithm, *(["divided"] if self.fault == "divided" else [])])
+        stages = [str(self.steps)] if self.steps > 1 else []
+        return "-".join([self.model, self.algorithm, *stages, *(["divided"] if self.fault == "divided" else [])])
 
 
 TP, SP = ParallelConfig(tp=2), ParallelConfig(tp=2, sp=True)
@@ -93,7 +97,11 @@ TWO_RANKS = {
         f"{name}_{algorithm}": Case(layout, algorithm=algorithm)
         for name, layout in (("sp", SP), ("dp_silent", UNBALANCED))
         for algorithm in ALGORITHMS
-        if algorithm != "response"
+        if algorithm not in ("response", "passes")
+    },
+    **{
+        f"{name}_stages": Case(layout, algorithm="passes", steps=2)
+        for name, layout in (("sp", SP), ("pp", PP), ("dp_distributed", DISTRIBUTED))
     },
     **{f"dp_{algorithm}": Case(DP, algorithm=algorithm) for algorithm in ("idle", "sequence")},
     **{
@@ -118,7 +126,9 @@ CLASSES = {
     "projection": "decoder.layers.1.self_attention.linear_proj.weight",
 }
 ANYWHERE = ("divided", "idle", "rate")
-"""What is wrong with the whole step, in any layout alike."""
+"""Faults of the whole step, in any layout alike."""
+LATER = ("moments", "schedule")
+"""Faults that show from the second optimizer step on."""
 FAULTY: dict[int, dict[str, tuple[ParallelConfig, tuple[str, ...]]]] = {
     2: {
         "tp": (TP, ("rank", "positions", *CLASSES)),
@@ -134,32 +144,35 @@ FAULTY: dict[int, dict[str, tuple[ParallelConfig, tuple[str, ...]]]] = {
 
 
 def cases(world: int) -> dict[str, Case]:
-    """What is to pass on this many ranks, and what is not."""
+    """List what is to pass on this many ranks, and what is not."""
     sound = {2: TWO_RANKS, 4: FOUR_RANKS}[world]
     faulty = {
         f"{name}!{fault}": Case(layout, fault=fault, max_tokens=WHOLE)
         for name, (layout, faults) in FAULTY[world].items()
         for fault in faults
     }
+    if world == 2:
+        faulty |= {f"pp!{fault}": Case(PP, fault=fault, steps=2) for fault in LATER}
     return sound | faulty
 
 
-class Tampered(TrainableModel):
+class Tampering(TrainableModel):
     """A model with something wrong in its step: the case's fault."""
 
     fault = ""
 
-    def forward_backward(self, micro_batches: Sequence[MicroBatch], loss: Loss) -> list[LossOutput]:
-        """`divided`: the mean over micro-batches. `positions`: a token's is its place in the buffer, which is right up
-        to a constant unless a prompt is shared. Otherwise something of the gradient is 1 % too large.
+    def forward_backward(self, micro_batches: Sequence[MicroBatch], loss: Any) -> list[Any]:
+        """Put the fault into the gradient.
 
-        `share`: rank 1's own, before it is summed over replicas. `rank`: rank 1's, afterwards. Or a class of weights'.
+        `divided`: the mean over micro-batches. `positions`: a token's place in the buffer, which is right up to a
+        constant unless a prompt is shared. Otherwise something of the gradient is 1 % too large: `share`, rank 1's own,
+        before it is summed over replicas; `rank`, rank 1's, afterwards; or that of a class of weights.
         """
         second = self.parallel.rank == 1
         if self.fault == "positions":
             micro_batches = [replace(batch, position_N=torch.arange(len(batch.token_N))) for batch in micro_batches]
 
-        def wrong(head: Head, batch: MicroBatch) -> LossOutput:
+        def wrong(head: Any, batch: MicroBatch) -> Any:
             out = loss(head, batch)
             if self.fault == "divided":
                 return replace(out, loss=out.loss / len(micro_batches))
@@ -173,15 +186,27 @@ class Tampered(TrainableModel):
         return outputs
 
     def optimizer_step(self) -> float:
-        """`idle`: nothing is updated."""
-        if self.fault != "idle":
-            return super().optimizer_step()
-        self.optimizer.prepare_grads()
-        return float(self.optimizer.get_grad_norm())
+        """Put the fault into the update.
+
+        `idle`: nothing is updated. `moments`: another decay of the second moment. `schedule`: two steps at once.
+        """
+        if self.fault == "idle":
+            self.optimizer.prepare_grads()
+            return float(self.optimizer.get_grad_norm())
+        if self.fault == "moments":
+            for group in self.optimizer.param_groups:
+                group["betas"] = (group["betas"][0], 0.5)
+        if self.fault == "schedule":
+            self.schedule.step(increment=1)
+        return super().optimizer_step()
 
 
-def job_of(case: Case) -> Job:
-    """The case as `verify-step` would have it."""
+class Tampered(Witness, Tampering):
+    """What verify-step sees of the model with a fault."""
+
+
+def plan_of(case: Case) -> Plan:
+    """Plan the case as `verify-step` would."""
     config = VerifyStepConfig(
         run=RunConfig(max_tokens=case.max_tokens, share_prompts=case.shares),
         model=MODELS[case.model],
@@ -191,41 +216,36 @@ def job_of(case: Case) -> Job:
         sampling=SamplingConfig(temperature=0.9, max_new_tokens=60),
         optim=replace(OPTIM, lr=OPTIM.lr * 1.01) if case.fault == "rate" else OPTIM,
     )
+    if case.steps > 1:
+        config = replace(config, optim=replace(config.optim, warmup_steps=2, schedule="cosine"))
+    algo = algorithm(config.algorithm)
     # 258 tokens: a vocabulary that is padded in every layout, and differently.
-    prepared = Prepared(config, Tasks((), ()), train_tokenizer(["a"], 258))
-    return Job(prepared, config, algorithm(config.algorithm), None)
+    spec = ModelSpec(config.model, HeadSpec(258), None, 0)
+    batches = [synthetic_rollouts(258, MODEL.max_length, seed) for seed in range(case.steps)]
+    seed = 0 if case.shuffle else None
+    return Plan(config, Replay(spec, algo, config.sampling, config.optim, batches, seed), None)
 
 
-def step(case: Case, layout: parallel.Parallel, rollouts: Rollouts, *, reference: bool = False) -> Step | None:
-    """The case's step in this layout."""
-    job = job_of(case)
-    run = job.reference_run(layout, rollouts) if reference else job.run(layout)
-    vocab_size = run.tokenizer.vocab_size
-    model = Tampered(job.config.model, vocab_size, run.chunks(), layout, job.config.optim, 1)
-    model.fault = case.fault
-    return replay(run, model, job.algorithm, rollouts, shuffle=case.shuffle)
+def replay(case: Case, layout: parallel.Parallel, *, reference: bool = False) -> Replayed:
+    """Replay the case in this layout."""
+    plan = plan_of(case)
+    packer = plan.reference_packer(layout) if reference else plan.packer(layout)
+    return plan.replay.run(layout, packer, type("Faulty", (Tampered,), {"fault": case.fault}))
 
 
 def make_references(layout: parallel.Parallel, out: Path) -> None:
-    """Rollouts for each model, scored by it, and each reference step, on one rank."""
+    """Replay each reference on one rank."""
     every = [*cases(2).values(), *cases(4).values()]
-    for name in MODELS:
-        run = job_of(Case(model=name)).run(layout)
-        bare = synthetic_rollouts(run.tokenizer.vocab_size, MODEL.max_length, seed=0)
-        logprob_T = run.model().logprobs(run.pack(bare.sequences), bare.sequences.response_token_T.numel(), 0.9)
-        torch.save(offset_logprobs(bare, logprob_T, seed=0), out / f"rollouts-{name}.pt")
     for case in {case.reference: case for case in every}.values():
-        rollouts = torch.load(out / f"rollouts-{case.model}.pt", weights_only=False)
         fault = "divided" if case.fault == "divided" else ""
         alone = replace(case, layout=ParallelConfig(), fault=fault, shuffle=False, max_tokens=WHOLE)
-        torch.save(step(alone, layout, rollouts, reference=True), out / f"reference-{case.reference}.pt")
+        torch.save(replay(alone, layout, reference=True), out / f"reference-{case.reference}.pt")
 
 
 def check(name: str, case: Case, layout: parallel.Parallel, out: Path) -> None:
-    """Compare the case's step with its reference; the main rank writes the lines."""
-    rollouts = torch.load(out / f"rollouts-{case.model}.pt", weights_only=False)
-    here = step(case, layout, rollouts)
-    if here is not None:
+    """Compare the case with its reference; the main rank writes the lines."""
+    here = replay(case, layout)
+    if layout.is_main:
         there = torch.load(out / f"reference-{case.reference}.pt", weights_only=False)
         lines = compare(here, there, TOLERANCES["fp32"])
         (out / f"{name}.json").write_text(json.dumps([asdict(line) | {"holds": line.holds} for line in lines]))
@@ -258,4 +278,5 @@ def main(rank: int, world: int, store: dist.Store, out: Path) -> None:
             check(name, cases(world)[name], layout, out)
         parallel.stop(layout)
     store.set(f"done{rank}", "")
-    store.wait([f"done{other}" for other in range(world)])  # the first rank's end is the store's
+    if rank == 0:  # the store ends with the first rank: the last to leave
+        store.wait([f"done{other}" for other in range(world)])

@@ -13,10 +13,11 @@ from dsm_train.config import RunConfig
 from dsm_train.configs import VerifyStepConfig
 from dsm_train.megatron.parallel import Parallel
 from dsm_train.rollout.record import read_rollouts, write_rollouts
+from dsm_train.stages.verify_step import make_plan
 from dsm_train.verify import comparison
 from dsm_train.verify.comparison import TOLERANCES, Tolerance
-from dsm_train.verify.step import plan, shuffled
-from dsm_train.verify.synthetic import offset_logprobs, synthetic_rollouts
+from dsm_train.verify.replay import shuffled
+from dsm_train.verify.synthetic import synthetic_rollouts
 
 BATCH = (
     *(argument for argument in GRPO if not argument.startswith(("steps", "algorithm.p", "algorithm.g"))),
@@ -36,8 +37,11 @@ def test_a_synthetic_step_on_two_ranks(tmp_path: Path) -> None:
     assert result.returncode == 0, result.stderr
     assert result.stdout.split()[:3] == ["tp2-sp", "one", "rank"]
     shown = lines(result.stdout)
-    assert shown[:3] == ["loss", "gradient norm", "gradient embedding.word_embeddings"]
-    assert shown[-2:] == ["updated weights", "copies on several ranks"]
+    assert shown[:5] == [
+        "old log-probability", "reference log-probability",
+        "loss", "gradient norm", "gradient embedding.word_embeddings",
+    ]  # fmt: skip
+    assert shown[-3:] == ["learning rate", "updated weights", "copies on several ranks"]
     assert "layers.0." in result.stdout and "layers.1." not in result.stdout  # the first layer alone
     assert "32 responses, 1" in result.stdout and "clipped 0.0%" not in result.stdout
     assert result.stdout.splitlines()[-1] == "PASS: the same step as one rank"
@@ -59,6 +63,18 @@ def test_a_recorded_step_on_two_ranks(tmp_path: Path) -> None:
     assert printed.splitlines()[-1] == "PASS: the same step as tp2-sp"
 
 
+def test_several_optimizer_steps_on_two_ranks(tmp_path: Path) -> None:
+    """Minibatches, epochs and stages: each of the eight optimizer steps, and the log-probabilities of both stages."""
+    printed = run_on_ranks(2, tmp_path, "verify-step", *BATCH, "--synthetic", "verify.steps=2", f"run.out={tmp_path}",
+                           "algorithm.minibatches=2", "algorithm.epochs=2", "optim.warmup_steps=3")  # fmt: skip
+    shown = lines(printed)
+    assert [name for name in shown if name.endswith(": updated weights")] == [
+        f"step {number}: updated weights" for number in range(1, 9)
+    ]
+    assert [name for name in shown if name.startswith("old")] == [f"old log-probability of stage {n}" for n in (1, 2)]
+    assert printed.splitlines()[-1] == "PASS: the same steps as one rank"
+
+
 def test_one_rank_and_a_difference(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -78,14 +94,13 @@ def test_one_rank_and_a_difference(
 def test_what_cannot_be_verified_is_one_line(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], layout: Parallel
 ) -> None:
-    bare = synthetic_rollouts(258, 30, seed=0)
-    whole = offset_logprobs(bare, bare.rollout_logprob_T, seed=0)
+    whole = synthetic_rollouts(258, 30, seed=0)
     batches = {
         "foreign": synthetic_rollouts(5000, 30, seed=0),
         "long": synthetic_rollouts(258, 90, seed=0),
-        "bare": bare,
-        "equal": whole.with_(reward_S=torch.full_like(whole.reward_S, 0.3)),
-        "unscored": replace(whole, reward_S=whole.reward_S[:0]),
+        "bare": replace(whole, ref_logprob_T=None),
+        "equal": replace(whole, reward_S=torch.full((whole.sequences.num_responses,), 0.3)),
+        "unscored": replace(whole, reward_S=None),
     }
     paths = {name: tmp_path / f"{name}.parquet" for name in batches}
     for name, batch in batches.items():
@@ -101,6 +116,7 @@ def test_what_cannot_be_verified_is_one_line(
         ([f"batch={paths['equal']}"], "teaches nothing, as the rewards of each group are all equal"),
         (["--synthetic", "layers=3"], "layers = 3 is more than the model's 2"),
         (["--synthetic", "layers=0"], "layers must be at least 1; got 0"),
+        (["--synthetic", "--shuffle", "algorithm.minibatches=2"], "set algorithm.minibatches=1 beside it"),
         (["--synthetic", "reference_layout=tp=2"], "parallel.tp x parallel.pp = 2 x 1 = 2 must divide the 1 rank(s)"),
         (
             ["--synthetic", "reference_layout=overlp=true"],
@@ -118,18 +134,18 @@ def test_prompts_are_shared_in_what_is_verified_and_repeated_in_the_reference(
 ) -> None:
     batch = None
     if recorded:
-        bare = synthetic_rollouts(258, 40, seed=0)
         batch = tmp_path / "step.parquet"
-        write_rollouts(batch, offset_logprobs(bare, bare.rollout_logprob_T, seed=0), layout)
+        write_rollouts(batch, synthetic_rollouts(258, 40, seed=0), layout)
     run_config = RunConfig(max_tokens=100, out=tmp_path)
     for shuffle in (False, True):
         config = VerifyStepConfig(run=run_config, batch=batch, synthetic=not recorded, shuffle=shuffle)
-        job, rollouts = plan(config)
+        plan = make_plan(config)
+        (rollouts,) = plan.replay.batches
         sequences = rollouts.sequences
         if shuffle:
             sequences = sequences.take(shuffled(sequences, 0))
             assert sequences.num_prompts == rollouts.sequences.num_prompts
             assert not torch.equal(sequences.response_token_T, rollouts.sequences.response_token_T)
-        packed = [run.pack(sequences) for run in (job.run(layout), job.reference_run(layout, rollouts))]
+        packed = [packer.pack(sequences) for packer in (plan.packer(layout), plan.reference_packer(layout))]
         here, there = ([batch.layout.shares_prompts for batch in batches] for batches in packed)
         assert any(here) and not any(there) and len(there) > len(here)

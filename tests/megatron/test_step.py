@@ -17,13 +17,16 @@ from torch import Tensor
 
 from dsm_train.config import ModelConfig, OptimConfig
 from dsm_train.grpo import token_weights
+from dsm_train.losses import LossOutput, Names, PolicyLoss, Stats, SupervisedLoss
 from dsm_train.megatron import platform, weights
+from dsm_train.megatron.heads import LanguageHead
 from dsm_train.megatron.parallel import Parallel
-from dsm_train.megatron.step import Head, Loss, TrainableModel
+from dsm_train.megatron.step import TrainableModel
 from dsm_train.packing.microbatch import MicroBatch, pack, repeat_prompts
+from dsm_train.rows import Rows
 from dsm_train.types import Sequences, offsets
-from dsm_train.update import Rows, optimizer_step, policy_loss, step_metrics, supervised_loss
-from triton_kernels import LossOutput, LossStats, Objective
+from dsm_train.update import optimizer_step, step_metrics
+from triton_kernels import Objective
 
 TEMPERATURE = 0.8
 OBJECTIVE = Objective(clip_low=0.2, clip_high=0.2, kl_coef=0.04)
@@ -106,12 +109,12 @@ def test_gradients_are_the_papers(
     micro_batches = pack(sequences, max_tokens, platform.device())
     assert (len(micro_batches) == 1) == (max_tokens == 1000)
     assert any(batch.layout.shares_prompts for batch in micro_batches) == (sequences is SEQUENCES)
-    outputs = policy.forward_backward(micro_batches, policy_loss(rows, OBJECTIVE, TEMPERATURE))
+    outputs = policy.forward_backward(micro_batches, PolicyLoss(rows, OBJECTIVE, TEMPERATURE))
     assert sum(float(out.loss.detach()) for out in outputs) == pytest.approx(loss, rel=1e-5)
     got = tiny.llama_names(config, main_gradients(policy))
     assert relative_error(got, gradient) < 1e-5
     # a second pass over the same batch starts from zero
-    policy.forward_backward(micro_batches, policy_loss(rows, OBJECTIVE, TEMPERATURE))
+    policy.forward_backward(micro_batches, PolicyLoss(rows, OBJECTIVE, TEMPERATURE))
     assert relative_error(tiny.llama_names(config, main_gradients(policy)), gradient) < 1e-5
 
 
@@ -135,7 +138,7 @@ def test_shared_and_repeated_prompts_are_the_same_step(config: ModelConfig, max_
         assert (len(micro_batches) == 1) == (max_tokens == 1000)
         assert any(batch.layout.shares_prompts for batch in micro_batches) == (grouped is sequences)
         logprobs.append(policy.logprobs(micro_batches, rows, TEMPERATURE))
-        outputs = policy.forward_backward(micro_batches, policy_loss(given, OBJECTIVE, TEMPERATURE))
+        outputs = policy.forward_backward(micro_batches, PolicyLoss(given, OBJECTIVE, TEMPERATURE))
         losses.append(sum(float(out.loss.detach()) for out in outputs))
         gradients.append(main_gradients(policy))
     torch.testing.assert_close(*logprobs, rtol=1e-5, atol=1e-5)
@@ -155,7 +158,7 @@ def test_supervised_gradients_are_cross_entropys(layout: Parallel) -> None:
         loss = loss + torch.nn.functional.cross_entropy(logits, response, reduction="sum") / T
     loss.backward()
     weight_T = token_weights(SEQUENCES.response_cu, "token", 6, T, fixed_length=1)
-    outputs = policy.forward_backward(pack(SEQUENCES, 16, platform.device()), supervised_loss(weight_T))
+    outputs = policy.forward_backward(pack(SEQUENCES, 16, platform.device()), SupervisedLoss(weight_T))
     assert sum(float(out.loss.detach()) for out in outputs) == pytest.approx(float(loss.detach()), rel=1e-5)
     expected = {name: p.grad for name, p in hf.named_parameters()}
     assert relative_error(tiny.llama_names(tiny.MODEL, main_gradients(policy)), expected) < 1e-5
@@ -170,9 +173,9 @@ def test_recomputing_activations_changes_no_gradient(layout: Parallel) -> None:
     assert relative_error(*gradients) < 1e-6
 
 
-def sum_of_logprobs(scale: float = 1.0) -> Loss:
+def sum_of_logprobs(scale: float = 1.0) -> SupervisedLoss:
     """A loss whose gradient is easily scaled."""
-    return supervised_loss(torch.full((T,), scale))
+    return SupervisedLoss(torch.full((T,), scale))
 
 
 @pytest.mark.parametrize("clip_grad", [0.5, 1e6, 0.0], ids=["clipped", "within", "off"])
@@ -293,13 +296,13 @@ def test_a_step_reports_the_whole_step(layout: Parallel) -> None:
     results = []
     for max_tokens in (16, 1000):
         policy = tiny.trainable(layout, optim=OptimConfig(lr=1e-3))
-        loss = policy_loss(rows, Objective(kl_coef=0.0), TEMPERATURE)
+        loss = PolicyLoss(rows, Objective(kl_coef=0.0), TEMPERATURE)
         results.append(optimizer_step(policy, pack(SEQUENCES, max_tokens, platform.device()), loss))
     several, one = results
     assert several.lr == one.lr == 1e-3
     assert several.loss == pytest.approx(one.loss, rel=1e-5)
     assert several.grad_norm == pytest.approx(one.grad_norm, rel=1e-5)
-    torch.testing.assert_close(several.stats.sums, one.stats.sums, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(dict(several.stats.sums), dict(one.stats.sums), rtol=1e-5, atol=1e-6)
     numbers = step_metrics([one])
     assert numbers["ratio"] == pytest.approx(1.0) and numbers["entropy"] > 0  # on-policy
     assert numbers["clipped_low"] == numbers["clipped_high"] == 0
@@ -313,7 +316,7 @@ def test_metrics_of_several_steps_are_means_and_extremes(layout: Parallel) -> No
         old_logprob_T=torch.full((T,), -4.0),
     )
     policy = tiny.trainable(layout, optim=OptimConfig(lr=1e-3))
-    loss = policy_loss(rows, Objective(kl_coef=0.0), TEMPERATURE)
+    loss = PolicyLoss(rows, Objective(kl_coef=0.0), TEMPERATURE)
     micro_batches = pack(SEQUENCES, 1000, platform.device())
     results = [optimizer_step(policy, micro_batches, loss) for _ in range(2)]
     both, each = step_metrics(results), [step_metrics([r]) for r in results]
@@ -326,9 +329,9 @@ def test_metrics_of_several_steps_are_means_and_extremes(layout: Parallel) -> No
 def test_the_loss_sees_states_and_head_of_the_rows(layout: Parallel) -> None:
     seen: list[tuple[tuple[int, ...], tuple[int, ...], int]] = []
 
-    def loss(head: Head, batch: MicroBatch) -> LossOutput:
+    def loss(head: LanguageHead, batch: MicroBatch) -> LossOutput:
         seen.append((tuple(head.hidden_TD.shape), tuple(head.weight_VD.shape), batch.target_T.numel()))
-        return LossOutput(head.hidden_TD.sum() * 0, LossStats.of(tokens=torch.zeros(())))
+        return LossOutput(head.hidden_TD.sum() * 0, Stats.nothing(Names(("tokens",))))
 
     policy = tiny.trainable(layout)
     policy.forward_backward(pack(SEQUENCES, 16, platform.device()), loss)
@@ -343,5 +346,5 @@ def test_a_micro_batch_without_response_tokens_adds_nothing(layout: Parallel) ->
     assert [b.target_T.numel() for b in micro_batches] == [0, 2]
     rows = Rows(torch.tensor([0.5, 0.5]), torch.ones(2))
     objective = Objective(kl_coef=0.0)
-    both = optimizer_step(policy, micro_batches, policy_loss(rows, objective, 1.0))
+    both = optimizer_step(policy, micro_batches, PolicyLoss(rows, objective, 1.0))
     assert math.isfinite(both.loss) and math.isfinite(both.grad_norm) and both.grad_norm > 0

@@ -13,12 +13,13 @@ from torch import Tensor
 
 from dsm_train.config import ModelConfig
 from dsm_train.megatron import weights
+from dsm_train.megatron.heads import HeadSpec
 from dsm_train.megatron.model import build_model
 from dsm_train.megatron.parallel import Parallel
 
 
 def initialised(layout: Parallel, config: ModelConfig = tiny.MODEL, seed: int = 0) -> dict[str, Tensor]:
-    built = build_model(config, 64, layout)
+    built = build_model(config, HeadSpec(64), layout)
     weights.initialise(built, config, seed, layout)
     return tiny.full_weights(built)
 
@@ -90,7 +91,7 @@ def test_how_to_run_is_not_what_was_saved(layout: Parallel, tmp_path: Path) -> N
 def test_the_vocabulary_may_be_padded_differently(padded: int, layout: Parallel, tmp_path: Path) -> None:
     written = tiny.chunks(layout)
     weights.save_weights(tmp_path, written, tiny.MODEL, layout)
-    read = build_model(tiny.MODEL, padded, layout)
+    read = build_model(replace(tiny.MODEL, vocab_multiple=8), HeadSpec(padded), layout)
     weights.load_weights(tmp_path, read, layout)
     for name in ("embedding.word_embeddings.weight", "output_layer.weight"):
         old, new = tiny.full_weights(written)[name], tiny.full_weights(read)[name]
@@ -126,9 +127,9 @@ def test_weights_of_another_model_raise(layout: Parallel, tmp_path: Path) -> Non
     weights.save_weights(tmp_path, tiny.chunks(layout), tiny.MODEL, layout)
     wider = replace(tiny.MODEL, ffn_size=64)
     with pytest.raises(ValueError, match=r"shape \[96, 32\], the model \[128, 32\]"):
-        weights.load_weights(tmp_path, build_model(wider, 64, layout), layout)
+        weights.load_weights(tmp_path, build_model(wider, HeadSpec(64), layout), layout)
     with pytest.raises(ValueError, match="has no weight decoder.layers.2"):
-        weights.load_weights(tmp_path, build_model(replace(tiny.MODEL, num_layers=3), 64, layout), layout)
+        weights.load_weights(tmp_path, build_model(replace(tiny.MODEL, num_layers=3), HeadSpec(64), layout), layout)
 
 
 def test_what_is_gathered_does_not_change_with_the_weights(layout: Parallel) -> None:

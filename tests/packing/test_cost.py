@@ -55,15 +55,15 @@ def check(rng: random.Random, items: int, count: int) -> None:
         sizes.append(min(rng.choice([0, 1, 2, 7]), items - sum(sizes)))
     group_cu, shared = offsets(sizes), rng.random() < 0.5
 
-    def cost(own: list[int], prompt: list[int]) -> Cost:
+    def costs(own: list[int], prompt: list[int]) -> Cost:
         return Cost(torch.tensor(own, dtype=torch.int64), shared * torch.tensor(prompt, dtype=torch.int64), group_cu)
 
     # costs of 0, one giant, and costs that do not follow the sizes
-    cost = cost(
+    cost = costs(
         [rng.choice([0, 1, rng.randrange(1, 10), rng.choice([5, 1000])]) for _ in range(items)],
         [rng.choice([0, 3, 20, 500]) for _ in sizes],
     )
-    size = cost([rng.randrange(0, 6) for _ in range(items)], [rng.randrange(0, 5) for _ in sizes])
+    size = costs([rng.randrange(0, 6) for _ in range(items)], [rng.randrange(0, 5) for _ in sizes])
     expected = best(cost, count, size, max_size)
     if expected is None:
         with pytest.raises(ValueError, match=f"more than {count} parts of at most {max_size}"):

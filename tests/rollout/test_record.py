@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from dsm_train.megatron.parallel import Parallel
-from dsm_train.rollout.record import check_writable, read_rollouts, write_rollouts
+from dsm_train.prepare import check_record
+from dsm_train.rollout.record import read_rollouts, write_rollouts
 from dsm_train.types import Rollouts, Sequences, offsets
 
 
@@ -59,7 +60,7 @@ def test_round_trip_is_bitwise(tmp_path: Path, layout: Parallel) -> None:
 
 
 def test_what_was_never_computed_stays_so(tmp_path: Path, layout: Parallel) -> None:
-    bare = replace(rollouts(), reward_S=torch.empty(0), ref_logprob_T=None, old_logprob_T=None)
+    bare = replace(rollouts(), reward_S=None, ref_logprob_T=None, old_logprob_T=None)
     write_rollouts(tmp_path / "step.parquet", bare, layout)
     assert_same(read_rollouts(tmp_path / "step.parquet"), bare)
 
@@ -103,8 +104,8 @@ def test_files_that_cannot_be_read(tmp_path: Path, layout: Parallel) -> None:
 
 def test_a_place_that_cannot_be_written_is_refused_early(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    check_writable(tmp_path / "new" / "step.parquet")
+    check_record(tmp_path / "new" / "step.parquet")
     with pytest.raises(ValueError, match=r"is a folder: name a file, such as"):
-        check_writable(tmp_path)
+        check_record(tmp_path)
     with pytest.raises(ValueError, match="cannot write"):
-        check_writable(tmp_path / "file" / "step.parquet")
+        check_record(tmp_path / "file" / "step.parquet")

@@ -9,8 +9,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from dsm_train.verify.comparison import TOLERANCES, Line, Step, compare, gradient_difference, update_difference
-from triton_kernels import LossStats
+from dsm_train.losses import PolicyLoss, Stats
+from dsm_train.verify.comparison import (
+    TOLERANCES,
+    Line,
+    Replayed,
+    Step,
+    compare,
+    compare_step,
+    gradient_difference,
+    update_difference,
+)
 
 HEAD, NORM = "output_layer.weight", "decoder.layers.0.input_layernorm.weight"
 
@@ -21,8 +30,8 @@ def step(**changes: object) -> Step:
     weight = {name: torch.randn(shape, generator=generator) for name, shape in ((HEAD, (4, 3)), (NORM, (3,)))}
     gradient = {name: torch.randn(value.shape, generator=generator) for name, value in weight.items()}
     after = {name: value - 0.01 * gradient[name].sign() for name, value in weight.items()}
-    stats = LossStats.of(tokens=torch.tensor(5.0))
-    return replace(Step(1e-7, 0.5, 2.0, gradient, weight, after, 0.0, stats, 2, 5, 0), **changes)
+    stats = Stats.nothing(PolicyLoss.names)
+    return replace(Step(1e-7, 0.5, 2.0, 0.01, gradient, weight, after, 0.0, stats, 2, 5, 0), **changes)
 
 
 def changed(tensors: dict[str, Tensor], name: str, value: Tensor) -> dict[str, Tensor]:
@@ -30,7 +39,7 @@ def changed(tensors: dict[str, Tensor], name: str, value: Tensor) -> dict[str, T
 
 
 def wrong(here: Step) -> dict[str, Line]:
-    return {line.name: line for line in compare(here, step(), TOLERANCES["fp32"]) if not line.holds}
+    return {line.name: line for line in compare_step(here, step(), TOLERANCES["fp32"]) if not line.holds}
 
 
 def test_a_step_is_itself() -> None:
@@ -83,3 +92,15 @@ def test_the_last_digit_of_a_weight_is_not_the_updates() -> None:
     for off, counts in ((6e-5, False), (3e-4, True)):
         here = replace(there, after={name: value + off for name, value in there.after.items()})
         assert (update_difference(HEAD, here, there, counted=1e-3) > 1e-3) == counts
+
+
+def test_log_probabilities_are_compared_by_stage_and_steps_by_number() -> None:
+    def replayed(shift: float, lr: float) -> Replayed:
+        logprob_T = torch.tensor([-3.0, -1.0])
+        later = step(lr=lr)
+        return Replayed([step(), later], [{"old": logprob_T}, {"old": logprob_T + shift}])
+
+    lines = compare(replayed(1e-3, 0.02), replayed(0.0, 0.01), TOLERANCES["fp32"])
+    wrong = {line.name: line.difference for line in lines if not line.holds}
+    assert wrong.keys() == {"old log-probability of stage 2", "step 2: learning rate"}
+    assert wrong["old log-probability of stage 2"] == pytest.approx(1e-3 / 2, rel=1e-3)  # of the token at -1
