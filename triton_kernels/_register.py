@@ -24,7 +24,7 @@ from triton_kernels._triton import HAS_TRITON, LAUNCH_OPTIONS
 
 
 @dataclass(frozen=True)
-class Shipped:
+class Variant:
     """One specialisation of a Triton kernel that an op launches, to be compiled ahead of time and kept in the ledger.
 
     signature: Triton type of each argument ("*fp32", "i32", ...). constants: the value of each constexpr, and None for

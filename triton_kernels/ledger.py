@@ -1,12 +1,12 @@
-"""The kernel ledger: what every shipped Triton kernel costs on each GPU, read off the compiled kernel without a GPU.
+"""The kernel ledger: what every Triton kernel costs on each GPU, read off the compiled kernel without a GPU.
 
     python -m triton_kernels.ledger                 compile all, write docs/kernels.md
     python -m triton_kernels.ledger --check         compile all, compare with docs/kernels.md
     python -m triton_kernels.ledger --kernel NAME   compile and print one kernel
 
 It exits with 1 if a kernel spills, needs more shared memory than a block may have, does not compile or stands in no
-`shipped()`, and `--check` also if the table is stale. A kernel joins by its name, which ends in `_kernel`, and an
-entry in `shipped()` of a module of this package.
+`variants()`, and `--check` also if the table is stale. A kernel joins by its name, which ends in `_kernel`, and an
+entry in `variants()` of a module of this package.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from types import ModuleType
 
 import triton_kernels
 from triton_kernels._common import INTERPRET
-from triton_kernels._register import Shipped
+from triton_kernels._register import Variant
 from triton_kernels._triton import HAS_TRITON, LAUNCH_OPTIONS, triton
 
 TABLE = Path(__file__).parent.parent / "docs" / "kernels.md"
@@ -46,7 +46,7 @@ Written by `python -m triton_kernels.ledger`, which needs no GPU. With `--check`
 
 A cell is **registers per thread / bytes per thread in local memory / bytes of shared memory per block**. There are at
 most 255 registers per thread and 65536 per block; what does not fit is spilled to local memory, whose frame grows in
-steps of 8 bytes. A spill is an error unless the kernel's entry in `shipped()` allows it, and so is more shared memory
+steps of 8 bytes. A spill is an error unless the kernel's entry in `variants()` allows it, and so is more shared memory
 than a block may have: {limits}. Where the compiler adds warps of its own, the cell says how many there are. `warps`
 and `stages` are those of the launch. `-` is Triton's default; in the column of a GPU, that the kernel is not launched
 there.
@@ -75,7 +75,7 @@ class Row:
     """One specialisation, under the op whose module ships it, and its `Usage`, or why there is none, by capability."""
 
     op: str
-    shipped: Shipped
+    variant: Variant
     usage: Mapping[int, Usage | str]
 
     def __str__(self) -> str:
@@ -84,14 +84,14 @@ class Row:
     @property
     def key(self) -> tuple[str, ...]:
         """The cells that name the specialisation."""
-        return key(self.shipped)
+        return key(self.variant)
 
     def cell(self, capability: int) -> str:
         """How the table says it; `capability` was measured, or the kernel is not launched on it."""
         usage = self.usage.get(capability, "-")
         if isinstance(usage, str):
             return usage if usage == "-" else "does not compile"
-        split = "" if usage.warps == self.shipped.options["num_warps"] else f" ({usage.warps} warps)"
+        split = "" if usage.warps == self.variant.options["num_warps"] else f" ({usage.warps} warps)"
         return f"{usage.registers} / {usage.spill_bytes} / {usage.shared_bytes}{split}"
 
 
@@ -101,42 +101,42 @@ def modules() -> list[ModuleType]:
     return [importlib.import_module(module.name) for module in found if module.name != "triton_kernels._C"]
 
 
-def collect(modules: Iterable[ModuleType]) -> dict[str, list[Shipped]]:
+def collect(modules: Iterable[ModuleType]) -> dict[str, list[Variant]]:
     """Each module's name with what it ships; what several modules ship stands with the first."""
     seen: set[tuple[str, ...]] = set()
-    ops: dict[str, list[Shipped]] = {}
+    ops: dict[str, list[Variant]] = {}
     for module in modules:
-        for shipped in module.shipped() if hasattr(module, "shipped") else ():
-            if key(shipped) not in seen:
-                seen.add(key(shipped))
-                ops.setdefault(module.__name__.split(".")[-1].lstrip("_"), []).append(shipped)
+        for variant in module.variants() if hasattr(module, "variants") else ():
+            if key(variant) not in seen:
+                seen.add(key(variant))
+                ops.setdefault(module.__name__.split(".")[-1].lstrip("_"), []).append(variant)
     return ops
 
 
-def forgotten(modules: Iterable[ModuleType], ops: dict[str, list[Shipped]]) -> list[str]:
-    """One sentence for each kernel that no `shipped()` names."""
+def forgotten(modules: Iterable[ModuleType], ops: dict[str, list[Variant]]) -> list[str]:
+    """One sentence for each kernel that no `variants()` names."""
     kernels = {
         value
         for module in modules
         for name, value in vars(module).items()
         if name.endswith("_kernel") and isinstance(value, triton.runtime.JITFunction)
     }
-    kernels -= {shipped.kernel for list_ in ops.values() for shipped in list_}
-    return sorted(f"{kernel.__module__}.{kernel.__name__} is in no shipped()" for kernel in kernels)
+    kernels -= {variant.kernel for list_ in ops.values() for variant in list_}
+    return sorted(f"{kernel.__module__}.{kernel.__name__} is in no variants()" for kernel in kernels)
 
 
-def key(shipped: Shipped) -> tuple[str, ...]:
+def key(variant: Variant) -> tuple[str, ...]:
     """(kernel, specialisation, warps, stages) as the table has them."""
-    constants, options = shipped.constants, shipped.options
-    types = {name: shipped.signature[name].lstrip("*") for name in shipped.kernel.arg_names if name not in constants}
+    constants, options = variant.constants, variant.options
+    types = {name: variant.signature[name].lstrip("*") for name in variant.kernel.arg_names if name not in constants}
     words = [f"{name}={value}" for name, value in constants.items() if value is not None]
     words += [f"no {_tensor(name)}" for name, value in constants.items() if value is None]
     words += [f"{_tensor(name)}:{type_}" for name, type_ in types.items() if type_ not in ("fp32", "i32")]
-    words += [f"{name}=16n" for name in shipped.multiples_of_16]
+    words += [f"{name}=16n" for name in variant.multiples_of_16]
     usual = {"num_warps", "num_stages"} | {name for name in options if options[name] == LAUNCH_OPTIONS.get(name)}
     words += [f"{name}={value}" for name, value in options.items() if name not in usual]
     stages = str(options.get("num_stages", "-"))
-    return f"`{shipped.kernel.__name__}`", ", ".join(words), str(options["num_warps"]), stages
+    return f"`{variant.kernel.__name__}`", ", ".join(words), str(options["num_warps"]), stages
 
 
 def _name(key: tuple[str, ...]) -> str:
@@ -149,16 +149,16 @@ def _tensor(argument: str) -> str:
     return argument.removesuffix("_ptr")
 
 
-def measure(shipped: Shipped, capability: int) -> Usage | str:
+def measure(variant: Variant, capability: int) -> Usage | str:
     """Compile for `capability` and read what the kernel needs; the compiler's message if it does not compile."""
-    constants, names = shipped.constants, shipped.kernel.arg_names
-    signature = {name: "constexpr" if name in constants else shipped.signature[name] for name in names}
-    aligned = [name for name in names if signature[name].startswith("*") or name in shipped.multiples_of_16]
+    constants, names = variant.constants, variant.kernel.arg_names
+    signature = {name: "constexpr" if name in constants else variant.signature[name] for name in names}
+    aligned = [name for name in names if signature[name].startswith("*") or name in variant.multiples_of_16]
     attributes = {(names.index(name),): [["tt.divisibility", 16]] for name in aligned}
-    source = triton.compiler.ASTSource(shipped.kernel, signature, constants, attributes)
+    source = triton.compiler.ASTSource(variant.kernel, signature, constants, attributes)
     target = triton.backends.compiler.GPUTarget("cuda", capability, 32)
     try:
-        compiled = triton.compile(source, target=target, options=dict(shipped.options))
+        compiled = triton.compile(source, target=target, options=dict(variant.options))
     except Exception as error:  # of the front end, a pass or ptxas: they share no base class
         return f"{type(error).__name__}: {error}"
     registers, stack, static, local = _resources(compiled.asm["cubin"], compiled.metadata.name)
@@ -179,23 +179,23 @@ def _resources(cubin: bytes, name: str) -> tuple[int, ...]:
     return tuple(int(number) for number in found.groups())
 
 
-def rows(ops: dict[str, list[Shipped]], capabilities: Iterable[int]) -> Iterator[Row]:
+def rows(ops: dict[str, list[Variant]], capabilities: Iterable[int]) -> Iterator[Row]:
     """Compile everything, two at a time, in the order of `ops`. The compiler lets go of Python's lock."""
     capabilities = tuple(capabilities)
     with ThreadPoolExecutor(2) as pool:
         usages = {
-            key(shipped): {
-                capability: pool.submit(measure, shipped, capability)
+            key(variant): {
+                capability: pool.submit(measure, variant, capability)
                 for capability in capabilities
-                if capability in shipped.capabilities
+                if capability in variant.capabilities
             }
             for list_ in ops.values()
-            for shipped in list_
+            for variant in list_
         }
         for op, list_ in ops.items():
-            for shipped in list_:
-                usage = usages[key(shipped)]
-                yield Row(op, shipped, {capability: future.result() for capability, future in usage.items()})
+            for variant in list_:
+                usage = usages[key(variant)]
+                yield Row(op, variant, {capability: future.result() for capability, future in usage.items()})
 
 
 def problems(row: Row) -> list[str]:
@@ -206,7 +206,7 @@ def problems(row: Row) -> list[str]:
         if isinstance(usage, str):
             found += [f"{name} does not compile: {usage}"] if capability in REQUIRED else []
             continue
-        if usage.spill_bytes > (allowed := row.shipped.max_spill_bytes):
+        if usage.spill_bytes > (allowed := row.variant.max_spill_bytes):
             found.append(f"{name} spills {usage.spill_bytes} bytes per thread, {allowed} are allowed: smaller tiles?")
         if usage.shared_bytes > limit:
             found.append(
@@ -233,7 +233,7 @@ def stale(table: str, rows: list[Row], kernel: str | None = None) -> list[str]:
             changed = [capability for capability in row.usage if row.cell(capability) != cells[capability]]
             found += [f"{row} on sm_{c} is {row.cell(c)}, the table says {cells[c]}" for c in changed]
     gone = [key for key in written if kernel in (None, key[0].strip("`"))]
-    return found + [f"{_name(key)} is in the table and no longer shipped" for key in gone]
+    return found + [f"{_name(key)} is in the table and no longer compiled" for key in gone]
 
 
 def version(table: str) -> str:
@@ -272,7 +272,7 @@ def main(arguments: list[str] | None = None) -> int:
     if options.kernel:
         ops = {op: [x for x in list_ if x.kernel.__name__ == options.kernel] for op, list_ in ops.items()}
         if not any(ops.values()):
-            parser.error(f"no shipped() names a kernel {options.kernel}")
+            parser.error(f"no variants() names a kernel {options.kernel}")
     measured: list[Row] = []
     for row in rows(ops, SHARED_LIMIT):
         measured.append(row)

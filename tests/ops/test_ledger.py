@@ -1,7 +1,7 @@
 """Every Triton kernel that the ops launch compiles for the GPUs we ship to, within limits, as docs/kernels.md says.
 
 The same on a machine without a GPU. A new kernel joins by its name, which ends in `_kernel`, and an entry in its file's
-`shipped()`; then `python -m triton_kernels.ledger` writes the table.
+`variants()`; then `python -m triton_kernels.ledger` writes the table.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from triton_kernels import ledger
-from triton_kernels._register import Shipped
+from triton_kernels._register import Variant
 from triton_kernels._triton import tl, triton
 from triton_kernels.ledger import Row, Usage
 
@@ -50,24 +50,24 @@ def broken_kernel(x_ptr):
     tl.static_assert(False, "not for this GPU")
 
 
-TINY = Shipped(tiny_kernel, {"x_ptr": "*fp32"}, {"BLOCK": 128})
-HUNGRY = Shipped(hungry_kernel, {"x_ptr": "*fp32"}, {"BLOCK": 8192}, {"num_warps": 1})  # 256 registers for x alone
-DEEP = Shipped(
+TINY = Variant(tiny_kernel, {"x_ptr": "*fp32"}, {"BLOCK": 128})
+HUNGRY = Variant(hungry_kernel, {"x_ptr": "*fp32"}, {"BLOCK": 8192}, {"num_warps": 1})  # 256 registers for x alone
+DEEP = Variant(
     deep_kernel,
     {"x_ptr": "*fp32", "out_ptr": "*fp32", "N": "i32", "stride": "i32"},
     {"BLOCK": 8192, "STAGES": 7},  # 6 blocks of 32 KiB
     {"num_warps": 8},
 )
-BROKEN = Shipped(broken_kernel, {"x_ptr": "*fp32"}, {})
+BROKEN = Variant(broken_kernel, {"x_ptr": "*fp32"}, {})
 
 
-def module(*shipped: Shipped, **names: Any) -> Any:
+def module(*variants: Variant, **names: Any) -> Any:
     """Stands for a file of the package."""
-    return SimpleNamespace(__name__="triton_kernels._op", shipped=lambda: list(shipped), **names)
+    return SimpleNamespace(__name__="triton_kernels._op", variants=lambda: list(variants), **names)
 
 
-def compiled(shipped: Shipped, *capabilities: int) -> Row:
-    [row] = ledger.rows({"op": [shipped]}, capabilities)
+def compiled(variant: Variant, *capabilities: int) -> Row:
+    [row] = ledger.rows({"op": [variant]}, capabilities)
     return row
 
 
@@ -95,7 +95,7 @@ def test_no_kernel_is_forgotten() -> None:
 def test_a_forgotten_kernel_is_reported() -> None:
     modules = [module(TINY, tiny_kernel=tiny_kernel, hungry_kernel=hungry_kernel)]
     [problem] = ledger.forgotten(modules, ledger.collect(modules))
-    assert "hungry_kernel is in no shipped()" in problem
+    assert "hungry_kernel is in no variants()" in problem
 
 
 def test_what_two_modules_ship_is_listed_once() -> None:
@@ -109,8 +109,8 @@ def test_a_spill_is_reported_unless_it_is_allowed() -> None:
         assert isinstance(usage, Usage) and usage.registers == 255 and usage.spill_bytes > 0
         assert f"sm_{capability} spills {usage.spill_bytes} bytes" in "\n".join(ledger.problems(row))
     most = max(usage.spill_bytes for usage in row.usage.values() if isinstance(usage, Usage))
-    assert ledger.problems(replace(row, shipped=replace(HUNGRY, max_spill_bytes=most))) == []
-    assert ledger.problems(replace(row, shipped=replace(HUNGRY, max_spill_bytes=most - 1))) != []
+    assert ledger.problems(replace(row, variant=replace(HUNGRY, max_spill_bytes=most))) == []
+    assert ledger.problems(replace(row, variant=replace(HUNGRY, max_spill_bytes=most - 1))) != []
 
 
 def test_shared_memory_over_the_limit_is_reported() -> None:
@@ -123,8 +123,8 @@ def test_shared_memory_over_the_limit_is_reported() -> None:
 @pytest.mark.parametrize(("multiples_of_16", "is_asynchronous"), [((), False), (("stride",), True)])
 def test_alignment_reaches_the_compiler(multiples_of_16: tuple[str, ...], is_asynchronous: bool) -> None:
     """Rows of bf16 at any stride are loaded by 2 bytes, which cannot be asynchronous."""
-    shipped = replace(DEEP, signature={**DEEP.signature, "x_ptr": "*bf16"}, multiples_of_16=multiples_of_16)
-    usage = ledger.measure(shipped, 90)
+    variant = replace(DEEP, signature={**DEEP.signature, "x_ptr": "*bf16"}, multiples_of_16=multiples_of_16)
+    usage = ledger.measure(variant, 90)
     assert isinstance(usage, Usage) and (usage.shared_bytes >= 6 * 16 * 1024) == is_asynchronous
 
 
@@ -136,7 +136,7 @@ def test_a_kernel_that_does_not_compile_is_reported_where_it_must() -> None:
 
 
 def test_a_row_names_all_that_tells_it_apart() -> None:
-    shipped = Shipped(
+    variant = Variant(
         deep_kernel,
         {"x_ptr": "*bf16", "N": "i64", "stride": "i32"},
         {"BLOCK": 8, "STAGES": 2, "out_ptr": None},
@@ -144,7 +144,7 @@ def test_a_row_names_all_that_tells_it_apart() -> None:
         multiples_of_16=("stride",),
     )
     specialisation = "BLOCK=8, STAGES=2, no out, x:bf16, N:i64, stride=16n, enable_fp_fusion=False"
-    assert ledger.key(shipped) == ("`deep_kernel`", specialisation, "8", "2")
+    assert ledger.key(variant) == ("`deep_kernel`", specialisation, "8", "2")
 
 
 def test_a_stale_row_is_reported() -> None:
@@ -160,7 +160,7 @@ def test_a_stale_row_is_reported() -> None:
     table_of_another = table.replace(f"Made with Triton {triton.__version__}.", "Made with Triton 0.0.")
     assert ledger.stale(table_of_another, [changed, other]) == []
     [problem] = ledger.stale(table_of_another, [row])
-    assert problem == "hungry_kernel [BLOCK=8192, 1 warps] is in the table and no longer shipped"
+    assert problem == "hungry_kernel [BLOCK=8192, 1 warps] is in the table and no longer compiled"
     assert ledger.stale(table, [row], kernel="tiny_kernel") == []
     [problem] = ledger.stale(ledger.render([other]), [row, other])
     assert problem == "tiny_kernel [BLOCK=128, 4 warps] is not in the table"

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from triton_kernels._common import INTERPRET
-from triton_kernels._register import Shipped
+from triton_kernels._register import Variant
 from triton_kernels._triton import HAS_TRITON, LAUNCH_OPTIONS, triton
 from triton_kernels.attention.attention_kernels import (
     add_slots_kernel,
@@ -231,9 +231,9 @@ _MAX_SPILL_BYTES = 16
 _SHIPPED_HEADS = ((64, 64), (96, 96), (128, 128), (192, 128), (256, 256))
 
 
-def shipped() -> list[Shipped]:
+def variants() -> list[Variant]:
     """The kernels at the head sizes of today's models: in bf16, at 128 also in fp16 and with a window; in fp32."""
-    kernels: list[Shipped] = []
+    kernels: list[Variant] = []
     for name, by_bytes in TILES.items():
         for K, V in _SHIPPED_HEADS:
             size = min(size for size in by_bytes[2] if size >= max(K, V))
@@ -255,7 +255,7 @@ _TYPES = {
 
 def _specialisations(
     tiles: Tiles, K: int, V: int, dtype: str, window: bool, capabilities: tuple[int, ...]
-) -> list[Shipped]:
+) -> list[Variant]:
     """The three kernels and the sum of slots."""
     kernels = []
     for kernel, tile in (
@@ -268,9 +268,9 @@ def _specialisations(
         if "grad_lse_ptr" in signature:  # as training launches it
             constants["grad_lse_ptr"] = None
             del signature["grad_lse_ptr"]
-        kernels.append(Shipped(kernel, signature, constants, tile.options(), aligned, capabilities, _MAX_SPILL_BYTES))
+        kernels.append(Variant(kernel, signature, constants, tile.options(), aligned, capabilities, _MAX_SPILL_BYTES))
     for width in {K, V} if dtype != "fp16" and not window else ():
         signature = {"slots_ptr": "*fp32", "out_ptr": f"*{dtype}", "sums_ptr": "*i32", "J": "i32"}
         constants = {"WIDTH": width, "BLOCK_K": tiles.dkv.keys, "BLOCK": _BLOCK_SUM}
-        kernels.append(Shipped(add_slots_kernel, signature, constants, LAUNCH_OPTIONS, (), capabilities))
+        kernels.append(Variant(add_slots_kernel, signature, constants, LAUNCH_OPTIONS, (), capabilities))
     return kernels

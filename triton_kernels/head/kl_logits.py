@@ -15,7 +15,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from triton_kernels._register import Shipped, custom_op, register_triton
+from triton_kernels._register import Variant, custom_op, register_triton
 from triton_kernels._triton import tl, triton
 from triton_kernels.head.logit_kernels import BLOCK_V, LOG_ZERO, LOGIT_OPTIONS, scaled_logits
 from triton_kernels.head.logits import scaled
@@ -249,7 +249,7 @@ kl_gradient = custom_op("kl_gradient", kl_gradient_reference, mutates=("out_CV",
 register_triton(kl_gradient, _kl_gradient_triton)
 
 
-def shipped() -> list[Shipped]:
+def variants() -> list[Variant]:
     """The kernels these ops launch."""
     common = dict.fromkeys(("logits_ptr", "ref_logits_ptr"), "*fp32") | {"V": "i32", "inverse_temperature": "fp32"}
     common |= dict.fromkeys(("softcap", "ref_softcap"), "fp32") | dict.fromkeys(("stride", "ref_stride"), "i32")
@@ -268,8 +268,8 @@ def shipped() -> list[Shipped]:
     ]
     read, written = ("stride", "ref_stride"), ("out_stride", "ref_out_stride")
     return [
-        Shipped(kl_stats_kernel, stats | biases, choice | block, LOGIT_OPTIONS, read) for choice in (plain, everything)
+        Variant(kl_stats_kernel, stats | biases, choice | block, LOGIT_OPTIONS, read) for choice in (plain, everything)
     ] + [
-        Shipped(kl_gradient_kernel, gradient | biases | outs, choice | block, LOGIT_OPTIONS, read + written)
+        Variant(kl_gradient_kernel, gradient | biases | outs, choice | block, LOGIT_OPTIONS, read + written)
         for outs, choice in variants
     ]

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from triton_kernels._register import REFERENCE, Shipped, custom_op, implementation, register_triton
+from triton_kernels._register import REFERENCE, Variant, custom_op, implementation, register_triton
 from triton_kernels.head.logit_kernels import (
     BLOCK_V,
     LOG_ZERO,
@@ -173,7 +173,7 @@ logit_gradient = custom_op("logit_gradient", logit_gradient_reference, mutates=(
 register_triton(logit_gradient, _logit_gradient_triton)
 
 
-def shipped() -> list[Shipped]:
+def variants() -> list[Variant]:
     """The kernels these ops launch."""
     rows = ("g_ptr", "h_ptr", "entropy_ptr", "max_ptr", "log_sum_ptr")
     common = {"logits_ptr": "*fp32", "target_ptr": "*i64", "bias_ptr": "*fp32", "V": "i32", "stride": "i32"}
@@ -183,10 +183,10 @@ def shipped() -> list[Shipped]:
     plain = {"HAS_SOFTCAP": False, "BLOCK_V": BLOCK_V, "bias_ptr": None}
     everything = {"HAS_SOFTCAP": True, "BLOCK_V": BLOCK_V}
     return [
-        Shipped(logit_stats_kernel, stats, plain, LOGIT_OPTIONS, ("stride",)),
-        Shipped(logit_stats_kernel, stats, everything, LOGIT_OPTIONS, ("stride",)),
+        Variant(logit_stats_kernel, stats, plain, LOGIT_OPTIONS, ("stride",)),
+        Variant(logit_stats_kernel, stats, everything, LOGIT_OPTIONS, ("stride",)),
         *(
-            Shipped(logit_gradient_kernel, gradient | {"out_ptr": out}, branch, LOGIT_OPTIONS, ("stride", "out_stride"))
+            Variant(logit_gradient_kernel, gradient | {"out_ptr": out}, branch, LOGIT_OPTIONS, ("stride", "out_stride"))
             for out, branch in (("*bf16", plain | {"h_ptr": None}), ("*bf16", everything), ("*fp32", everything))
         ),
     ]

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from triton_kernels._common import SUMS
-from triton_kernels._register import Shipped, custom_op, register_triton
+from triton_kernels._register import Variant, custom_op, register_triton
 from triton_kernels._triton import tl, triton
 from triton_kernels.head.logit_kernels import (
     BLOCK_V,
@@ -193,7 +193,7 @@ policy_logits.register_fake(
 register_triton(policy_logits, _policy_logits_triton)
 
 
-def shipped() -> list[Shipped]:
+def variants() -> list[Variant]:
     """The kernel this op launches."""
     pointers = ("logits", "bias", "old", "ref", "advantage", "weight", "logprob", "entropy", "partial")
     scalars = ("softcap", "inverse_temperature", "ratio_low", "ratio_high", "kl_coef", "dual_clip", "delta")
@@ -207,4 +207,4 @@ def shipped() -> list[Shipped]:
         {"HAS_SOFTCAP": True, "KL": "k1+", "SURROGATE": "cispo"},
     ]
     strides = ("stride", "out_stride")
-    return [Shipped(policy_logits_kernel, signature, plain | branch, LOGIT_OPTIONS, strides) for branch in branches]
+    return [Variant(policy_logits_kernel, signature, plain | branch, LOGIT_OPTIONS, strides) for branch in branches]

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from triton_kernels._register import Shipped
+from triton_kernels._register import Variant
 from triton_kernels._triton import HAS_TRITON, LAUNCH_OPTIONS, tl, triton
 from triton_kernels.head.logit_kernels import LOG_ZERO, tanh
 
@@ -261,11 +261,11 @@ def _source(x: Tensor, tile: Tile, rows: int) -> Any:
     return TensorDescriptor.from_tensor(x, [rows, tile.block_d]) if tile.descriptors else x
 
 
-def shipped() -> list[Shipped]:
+def variants() -> list[Variant]:
     """The kernels that scoring launches: every tile plain, and with all options on; fp16 as bf16, plain."""
     partial = {"partial_ptr": "*fp32", "T": "i32", "stride": "i32"}
     merge = partial | {"stats_ptr": "*fp32", "num_splits": "i32", "stats_stride": "i32"}
-    kernels = [Shipped(merge_splits_kernel, merge, _MERGE, multiples_of_16=("stride",))]
+    kernels = [Variant(merge_splits_kernel, merge, _MERGE, multiples_of_16=("stride",))]
     capabilities: dict[tuple[Tile, str], tuple[int, ...]] = {}
     for name, tiles in TILES.items():
         for tile, dtype in ((tile, dtype) for size, tile in tiles.items() for dtype in _DTYPES[size]):
@@ -279,7 +279,7 @@ def shipped() -> list[Shipped]:
         plain = {"bias_ptr": None, "HAS_SOFTCAP": False}
         for options in (plain,) if dtype == "fp16" else (plain, {"HAS_SOFTCAP": True}):
             constants = tile.constants() | options
-            kernels.append(Shipped(scoring_kernel, signature, constants, tile.options(), ("D", "stride"), launched_on))
+            kernels.append(Variant(scoring_kernel, signature, constants, tile.options(), ("D", "stride"), launched_on))
     return kernels
 
 

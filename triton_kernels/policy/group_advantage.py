@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from triton_kernels._common import at_least_fp32, check_offset_values, check_offsets, segment_ids
-from triton_kernels._register import Shipped, custom_op, register_triton
+from triton_kernels._register import Variant, custom_op, register_triton
 from triton_kernels._triton import LAUNCH_OPTIONS, tl, triton
 
 Scale = Literal["std", "none", "loo", "batch"]
@@ -169,13 +169,13 @@ _group_advantage.register_fake(_empty)
 register_triton(_group_advantage, _group_advantage_triton)
 
 
-def shipped() -> list[Shipped]:
+def variants() -> list[Variant]:
     """The kernels this op launches."""
     signature = {"reward_ptr": "*fp32", "group_cu_ptr": "*i32", "batch_scale_ptr": "*fp32", "advantage_ptr": "*fp32"}
     block = {"BLOCK_S": BLOCK_S}
     return [
-        Shipped(group_advantage_kernel, signature, {"SCALE": "std", "batch_scale_ptr": None} | block),
-        Shipped(group_advantage_kernel, signature, {"SCALE": "loo", "batch_scale_ptr": None} | block),
-        Shipped(group_advantage_kernel, signature, {"SCALE": "batch"} | block),
-        Shipped(batch_scale_kernel, {"reward_ptr": "*fp32", "scale_ptr": "*fp32", "S": "i32"}, block),
+        Variant(group_advantage_kernel, signature, {"SCALE": "std", "batch_scale_ptr": None} | block),
+        Variant(group_advantage_kernel, signature, {"SCALE": "loo", "batch_scale_ptr": None} | block),
+        Variant(group_advantage_kernel, signature, {"SCALE": "batch"} | block),
+        Variant(batch_scale_kernel, {"reward_ptr": "*fp32", "scale_ptr": "*fp32", "S": "i32"}, block),
     ]

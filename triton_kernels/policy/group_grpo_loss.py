@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from triton_kernels._common import LossOutput, LossStats, segment_ids
-from triton_kernels._register import Shipped, custom_op, register_saved_gradient, register_triton
+from triton_kernels._register import Variant, custom_op, register_saved_gradient, register_triton
 from triton_kernels._triton import tl, triton
 from triton_kernels.policy.group_advantage import (
     BLOCK_S,
@@ -24,7 +24,7 @@ from triton_kernels.policy.group_advantage import (
 )
 from triton_kernels.policy.grpo_loss import check_loss_arguments, grpo_loss_reference, objective_arguments
 from triton_kernels.policy.objective import Objective
-from triton_kernels.policy.policy_kernels import empty_loss, launch_policy_loss, response_loss, shipped_policy_loss
+from triton_kernels.policy.policy_kernels import empty_loss, launch_policy_loss, policy_loss_variants, response_loss
 
 
 def group_grpo_loss(
@@ -148,12 +148,12 @@ register_triton(_group_grpo_loss, _group_grpo_loss_triton)
 register_saved_gradient(_group_grpo_loss)
 
 
-def shipped() -> list[Shipped]:
+def variants() -> list[Variant]:
     """The kernels this op launches, beside those of `grpo_loss` and `group_advantage`."""
     signature = {"reward_ptr": "*fp32", "group_cu_ptr": "*i32", "batch_scale_ptr": "*fp32", "P": "i32"}
     group_std = {"SCALE": "std", "BLOCK_S": BLOCK_S, "batch_scale_ptr": None}
     group_batch = {"SCALE": "batch", "BLOCK_S": BLOCK_S}
     return [
-        shipped_policy_loss(group_grpo_loss_kernel, signature, group_std)[0],
-        shipped_policy_loss(group_grpo_loss_kernel, signature, group_batch)[1],
+        policy_loss_variants(group_grpo_loss_kernel, signature, group_std)[0],
+        policy_loss_variants(group_grpo_loss_kernel, signature, group_batch)[1],
     ]

@@ -24,16 +24,16 @@ from triton_kernels._common import (
     segment_ids,
     segment_sum,
 )
-from triton_kernels._register import Shipped, autograd_inside_op, custom_op, register_saved_gradient, register_triton
+from triton_kernels._register import Variant, autograd_inside_op, custom_op, register_saved_gradient, register_triton
 from triton_kernels._triton import tl, triton
 from triton_kernels.policy.objective import LOG_RATIO_LIMIT, Objective
 from triton_kernels.policy.policy_kernels import (
     ObjectiveArguments,
     empty_loss,
     launch_policy_loss,
+    policy_loss_variants,
+    reduction_variant,
     response_loss,
-    shipped_policy_loss,
-    shipped_reduction,
 )
 from triton_kernels.policy.token_kl import kl_estimate
 
@@ -221,6 +221,6 @@ register_triton(grpo_loss_op, _grpo_loss_triton)
 register_saved_gradient(grpo_loss_op)
 
 
-def shipped() -> list[Shipped]:
+def variants() -> list[Variant]:
     """The kernels this op launches."""
-    return [*shipped_policy_loss(grpo_loss_kernel, {"advantage_ptr": "*fp32"}, {}), shipped_reduction()]
+    return [*policy_loss_variants(grpo_loss_kernel, {"advantage_ptr": "*fp32"}, {}), reduction_variant()]

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from triton_kernels._common import MAXIMA, MINIMA, SUMS
-from triton_kernels._register import Shipped
+from triton_kernels._register import Variant
 from triton_kernels._triton import LAUNCH_OPTIONS, tl, triton
 from triton_kernels.policy.objective import LOG_RATIO_LIMIT
 from triton_kernels.policy.token_kl import clamp, kl_and_slope
@@ -224,7 +224,7 @@ def empty_loss(logprob_T: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return loss, dlogprob_T, stats_N
 
 
-def shipped_policy_loss(kernel: Any, signature: dict[str, str], constants: dict[str, object]) -> list[Shipped]:
+def policy_loss_variants(kernel: Any, signature: dict[str, str], constants: dict[str, object]) -> list[Variant]:
     """`kernel` in every branch of the objective, with `signature` and `constants` for what is its own."""
     pointers = ("logprob_ptr", "old_ptr", "ref_ptr", "weight_ptr", "dlogprob_ptr", "partial_ptr")
     scalars = ("ratio_low", "ratio_high", "kl_coef", "dual_clip", "delta")
@@ -241,10 +241,10 @@ def shipped_policy_loss(kernel: Any, signature: dict[str, str], constants: dict[
         {"KL": "k1+", "RATIO": "token", "SURROGATE": "clip", "old_ptr": None},
         {"KL": "k3", "RATIO": "sequence", "SURROGATE": "clip", "old_ptr": None, "ref_ptr": None},
     ]
-    return [Shipped(kernel, signature, branch | constants | {"BLOCK_T": BLOCK_T}) for branch in branches]
+    return [Variant(kernel, signature, branch | constants | {"BLOCK_T": BLOCK_T}) for branch in branches]
 
 
-def shipped_reduction() -> Shipped:
+def reduction_variant() -> Variant:
     """The kernel that ends every `launch_policy_loss`."""
     signature = {"partial_ptr": "*fp32", "loss_ptr": "*fp32", "stats_ptr": "*fp32", "S": "i32"}
-    return Shipped(reduce_partials_kernel, signature, {"BLOCK_S": _BLOCK_S})
+    return Variant(reduce_partials_kernel, signature, {"BLOCK_S": _BLOCK_S})

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from triton_kernels._common import at_least_fp32
-from triton_kernels._register import Shipped, autograd_inside_op, custom_op, register_saved_gradient, register_triton
+from triton_kernels._register import Variant, autograd_inside_op, custom_op, register_saved_gradient, register_triton
 from triton_kernels._triton import LAUNCH_OPTIONS, tl, triton
 from triton_kernels.policy.objective import KL, LOG_RATIO_LIMIT
 
@@ -129,7 +129,7 @@ register_triton(_token_kl, _token_kl_triton)
 register_saved_gradient(_token_kl)
 
 
-def shipped() -> list[Shipped]:
+def variants() -> list[Variant]:
     """The kernels this op launches."""
     pointers = {"logprob_ptr": "*fp32", "ref_ptr": "*bf16", "kl_ptr": "*fp32", "dkl_ptr": "*fp32", "T": "i32"}
-    return [Shipped(token_kl_kernel, pointers, {"KL": kl, "BLOCK_T": _BLOCK_T}) for kl in ("k1+", "k2", "k3")]
+    return [Variant(token_kl_kernel, pointers, {"KL": kl, "BLOCK_T": _BLOCK_T}) for kl in ("k1+", "k2", "k3")]

@@ -193,7 +193,7 @@ def test_half_precision(dtype: torch.dtype, device: torch.device) -> None:
 def test_tiles_of_every_head_size(
     sizes: tuple[int, int], architecture: str | None, device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """At the tiles that are shipped for half precision, those for other GPUs through the interpreter."""
+    """At the tiles of half precision, those of other GPUs through the interpreter."""
     if INTERPRET == (architecture is None):
         pytest.skip("the device's own tiles; those of every GPU under TRITON_INTERPRET=1")
     if architecture is not None:
