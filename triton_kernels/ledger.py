@@ -2,11 +2,13 @@
 
     python -m triton_kernels.ledger                 compile all, write docs/kernels.md
     python -m triton_kernels.ledger --check         compile all, compare with docs/kernels.md
-    python -m triton_kernels.ledger --kernel NAME   compile and print one kernel
+    python -m triton_kernels.ledger --kernel NAME   compile one kernel, print its rows
 
-It exits with 1 if a kernel spills, needs more shared memory than a block may have, does not compile or stands in no
-`variants()`, and `--check` also if the table is stale. A kernel joins by its name, which ends in `_kernel`, and an
-entry in `variants()` of a module of this package.
+An installed package has no docs/kernels.md: the table goes to standard output, and `--check` needs a checkout.
+
+The exit status is 1 if a kernel spills, needs more shared memory than a block may have, does not compile or stands in
+no `variants()`, and with `--check` also if the table is stale. A kernel joins by its name, which ends in `_kernel`, and
+an entry in `variants()` of a module of this package.
 """
 
 from __future__ import annotations
@@ -31,25 +33,26 @@ from triton_kernels._register import Variant
 from triton_kernels._triton import HAS_TRITON, LAUNCH_OPTIONS, triton
 
 TABLE = Path(__file__).parent.parent / "docs" / "kernels.md"
+"""The table of the checkout; an installed package has none."""
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
-"""Bytes that one block may have, by capability: CUDA C++ programming guide, "Technical Specifications"."""
+"""Most bytes of a block, by capability: CUDA C++ programming guide, "Technical Specifications"."""
 REQUIRED = (80, 90)
-"""Capabilities for which every kernel has to compile; for the others the table says whether it does."""
+"""Capabilities for which every kernel has to compile; a failure on another is a cell of the table."""
 _RESERVED = {80: 0, 90: 1024, 100: 1024}
-"""Bytes of static shared memory in every cubin that are the driver's own; the limit does not count them."""
+"""Static shared memory that the driver adds to every cubin, in bytes; the limit does not count it."""
 
 _HEAD = """# Kernels
 
-What every Triton kernel costs on each GPU, at the tiles and types it is launched with, as the compiler gives it.
-Written by `python -m triton_kernels.ledger`, which needs no GPU. With `--check` it says what has changed, and so does
-`tests/ops/test_ledger.py`, which CI runs for sm_80 and sm_90.
+Cost of every Triton kernel on each GPU, at the tiles and types of its launches, read off the compiled kernel.
+`python -m triton_kernels.ledger` writes this table without a GPU; with `--check` it reports what has changed, and so do
+the slow tests of `tests/ops/test_ledger.py` for sm_80 and sm_90.
 
-A cell is **registers per thread / bytes per thread in local memory / bytes of shared memory per block**. There are at
-most 255 registers per thread and 65536 per block; what does not fit is spilled to local memory, whose frame grows in
-steps of 8 bytes. A spill is an error unless the kernel's entry in `variants()` allows it, and so is more shared memory
-than a block may have: {limits}. Where the compiler adds warps of its own, the cell says how many there are. `warps`
-and `stages` are those of the launch. `-` is Triton's default; in the column of a GPU, that the kernel is not launched
-there.
+A cell is **registers per thread / bytes of local memory per thread / bytes of shared memory per block**. A thread has
+at most 255 registers and a block 65536; the compiler spills the rest to local memory, whose frame grows in steps of 8
+bytes. A spill is an error unless the kernel's entry in `variants()` allows it. So is more shared memory than a block
+may have: {limits}. The warps in a cell are those of the kernel where the
+compiler adds its own. `warps` and `stages` are those of the launch. `-` stands for Triton's default, and in a GPU's
+column for a kernel that is not launched there.
 
 The specialisation names compile-time constants, absent tensors, types other than fp32 and i32, and integers that are
 multiples of 16 (`16n`). Tensors are aligned to 16 bytes.
@@ -62,7 +65,7 @@ version.
 
 @dataclass(frozen=True)
 class Usage:
-    """What one compiled kernel needs: per thread, and shared memory and warps per block."""
+    """Resources of a compiled kernel: registers and spilled bytes per thread, shared memory and warps per block."""
 
     registers: int
     spill_bytes: int
@@ -72,9 +75,9 @@ class Usage:
 
 @dataclass(frozen=True)
 class Row:
-    """One specialisation, under the op whose module ships it, and its `Usage`, or why there is none, by capability."""
+    """A variant, its module, and by capability its `Usage` or the compiler's message."""
 
-    op: str
+    module: str
     variant: Variant
     usage: Mapping[int, Usage | str]
 
@@ -87,7 +90,7 @@ class Row:
         return key(self.variant)
 
     def cell(self, capability: int) -> str:
-        """How the table says it; `capability` was measured, or the kernel is not launched on it."""
+        """Cell of a capability in the table; "-" where the kernel is not launched."""
         usage = self.usage.get(capability, "-")
         if isinstance(usage, str):
             return usage if usage == "-" else "does not compile"
@@ -102,31 +105,32 @@ def modules() -> list[ModuleType]:
 
 
 def collect(modules: Iterable[ModuleType]) -> dict[str, list[Variant]]:
-    """Each module's name with what it ships; what several modules ship stands with the first."""
+    """Variants by module ("head/logits"); those of several modules stand with the first."""
     seen: set[tuple[str, ...]] = set()
-    ops: dict[str, list[Variant]] = {}
+    found: dict[str, list[Variant]] = {}
     for module in modules:
         for variant in module.variants() if hasattr(module, "variants") else ():
             if key(variant) not in seen:
                 seen.add(key(variant))
-                ops.setdefault(module.__name__.split(".")[-1].lstrip("_"), []).append(variant)
-    return ops
+                name = module.__name__.removeprefix("triton_kernels.").replace(".", "/")
+                found.setdefault(name, []).append(variant)
+    return found
 
 
-def forgotten(modules: Iterable[ModuleType], ops: dict[str, list[Variant]]) -> list[str]:
-    """One sentence for each kernel that no `variants()` names."""
+def forgotten(modules: Iterable[ModuleType], variants: dict[str, list[Variant]]) -> list[str]:
+    """A sentence for each kernel that no `variants()` names."""
     kernels = {
         value
         for module in modules
         for name, value in vars(module).items()
         if name.endswith("_kernel") and isinstance(value, triton.runtime.JITFunction)
     }
-    kernels -= {variant.kernel for list_ in ops.values() for variant in list_}
+    kernels -= {variant.kernel for of_module in variants.values() for variant in of_module}
     return sorted(f"{kernel.__module__}.{kernel.__name__} is in no variants()" for kernel in kernels)
 
 
 def key(variant: Variant) -> tuple[str, ...]:
-    """(kernel, specialisation, warps, stages) as the table has them."""
+    """First four cells of a row: kernel, specialisation, warps, stages."""
     constants, options = variant.constants, variant.options
     types = {name: variant.signature[name].lstrip("*") for name in variant.kernel.arg_names if name not in constants}
     words = [f"{name}={value}" for name, value in constants.items() if value is not None]
@@ -140,7 +144,7 @@ def key(variant: Variant) -> tuple[str, ...]:
 
 
 def _name(key: tuple[str, ...]) -> str:
-    """Of a row, for messages."""
+    """A row's name in messages."""
     kernel, specialisation, warps, _ = key
     return f"{kernel.strip('`')} [{', '.join(filter(None, (specialisation, f'{warps} warps')))}]"
 
@@ -150,7 +154,7 @@ def _tensor(argument: str) -> str:
 
 
 def measure(variant: Variant, capability: int) -> Usage | str:
-    """Compile for `capability` and read what the kernel needs; the compiler's message if it does not compile."""
+    """Compile for `capability` and read the kernel's resources; the compiler's message if it does not compile."""
     constants, names = variant.constants, variant.kernel.arg_names
     signature = {name: "constexpr" if name in constants else variant.signature[name] for name in names}
     aligned = [name for name in names if signature[name].startswith("*") or name in variant.multiples_of_16]
@@ -159,7 +163,7 @@ def measure(variant: Variant, capability: int) -> Usage | str:
     target = triton.backends.compiler.GPUTarget("cuda", capability, 32)
     try:
         compiled = triton.compile(source, target=target, options=dict(variant.options))
-    except Exception as error:  # of the front end, a pass or ptxas: they share no base class
+    except Exception as error:  # errors of the front end, the passes and ptxas share no base class
         return f"{type(error).__name__}: {error}"
     registers, stack, static, local = _resources(compiled.asm["cubin"], compiled.metadata.name)
     shared = compiled.metadata.shared + max(0, static - _RESERVED[capability])
@@ -167,7 +171,7 @@ def measure(variant: Variant, capability: int) -> Usage | str:
 
 
 def _resources(cubin: bytes, name: str) -> tuple[int, ...]:
-    """(registers, stack bytes, static shared bytes, local bytes) by `cuobjdump`, which Triton ships."""
+    """(registers, stack bytes, static shared bytes, local bytes), read by Triton's `cuobjdump`."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
@@ -175,31 +179,25 @@ def _resources(cubin: bytes, name: str) -> tuple[int, ...]:
         text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     pattern = rf"Function {re.escape(name)}:\s+REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)"
     if (found := re.search(pattern, text)) is None:
-        raise RuntimeError(f"cuobjdump does not say what {name} uses:\n{text}")
+        raise RuntimeError(f"cuobjdump reports no resources of {name}:\n{text}")
     return tuple(int(number) for number in found.groups())
 
 
-def rows(ops: dict[str, list[Variant]], capabilities: Iterable[int]) -> Iterator[Row]:
-    """Compile everything, two at a time, in the order of `ops`. The compiler lets go of Python's lock."""
+def rows(variants: dict[str, list[Variant]], capabilities: Iterable[int]) -> Iterator[Row]:
+    """Compile all variants on two threads and yield their rows in order. The compiler releases Python's lock."""
     capabilities = tuple(capabilities)
     with ThreadPoolExecutor(2) as pool:
-        usages = {
-            key(variant): {
-                capability: pool.submit(measure, variant, capability)
-                for capability in capabilities
-                if capability in variant.capabilities
-            }
-            for list_ in ops.values()
-            for variant in list_
-        }
-        for op, list_ in ops.items():
-            for variant in list_:
-                usage = usages[key(variant)]
-                yield Row(op, variant, {capability: future.result() for capability, future in usage.items()})
+        futures = [
+            (module, variant, {c: pool.submit(measure, variant, c) for c in capabilities if c in variant.capabilities})
+            for module, of_module in variants.items()
+            for variant in of_module
+        ]
+        for module, variant, usage in futures:
+            yield Row(module, variant, {capability: future.result() for capability, future in usage.items()})
 
 
 def problems(row: Row) -> list[str]:
-    """One sentence for each limit that `row` breaks."""
+    """A sentence for each limit that `row` breaks."""
     found: list[str] = []
     for capability, usage in row.usage.items():
         name, limit = f"{row} on sm_{capability}", SHARED_LIMIT[capability]
@@ -216,10 +214,10 @@ def problems(row: Row) -> list[str]:
 
 
 def stale(table: str, rows: list[Row], kernel: str | None = None) -> list[str]:
-    """One sentence for each row in which docs/kernels.md, of text `table`, and `rows` differ; then write it anew.
+    """A sentence for each difference between `rows` and `table`, the text of docs/kernels.md.
 
-    Of what the kernels need only the capabilities in `rows` are compared, and only if the same version of Triton made
-    the table. kernel: the only one in `rows`.
+    Resources are compared for the capabilities in `rows`, if the same version of Triton made the table. kernel: the
+    only kernel of `rows`, or None if they are all.
     """
     lines = [line.strip("| ").split(" | ") for line in table.splitlines() if line.startswith("| `")]
     written = {tuple(cells[:4]): dict(zip(SHARED_LIMIT, cells[4:], strict=True)) for cells in lines}
@@ -237,19 +235,19 @@ def stale(table: str, rows: list[Row], kernel: str | None = None) -> list[str]:
 
 
 def version(table: str) -> str:
-    """The version of Triton that made `table`; "" if it does not say."""
+    """Version of Triton that made `table`, or ""."""
     found = re.search(r"^Made with Triton (\S+)\.$", table, re.MULTILINE)
     return found[1] if found else ""
 
 
 def render(rows: Iterable[Row]) -> str:
-    """docs/kernels.md."""
+    """Text of docs/kernels.md."""
     limits = ", ".join(f"{size // 1024} KiB on sm_{capability}" for capability, size in SHARED_LIMIT.items())
     lines = [_HEAD.format(limits=limits, version=triton.__version__)]
-    for op, of_op in itertools.groupby(rows, lambda row: row.op):
+    for module, of_module in itertools.groupby(rows, lambda row: row.module):
         columns = ["kernel", "specialisation", "warps", "stages", *(f"sm_{capability}" for capability in SHARED_LIMIT)]
-        lines += [f"## {op}\n", _line(columns), "|---" * len(columns) + "|"]
-        lines += [_line([*row.key, *(row.cell(capability) for capability in SHARED_LIMIT)]) for row in of_op]
+        lines += [f"## {module}\n", _line(columns), "|---" * len(columns) + "|"]
+        lines += [_line([*row.key, *(row.cell(capability) for capability in SHARED_LIMIT)]) for row in of_module]
         lines.append("")
     return "\n".join(lines)
 
@@ -259,30 +257,37 @@ def _line(cells: Iterable[str]) -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The command; returns its exit status."""
+    """Run the command; returns its exit status. Progress goes to standard error."""
     parser = argparse.ArgumentParser(prog="python -m triton_kernels.ledger", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--check", action="store_true", help="compare with docs/kernels.md, write nothing")
     parser.add_argument("--kernel", metavar="NAME", help="only this kernel; writes nothing")
     options = parser.parse_args(arguments)
     if not HAS_TRITON or INTERPRET:
         parser.error("needs Triton's compiler: pip install triton, and unset TRITON_INTERPRET")
+    table = TABLE if TABLE.is_file() else None
+    if options.check and table is None:
+        parser.error(f"--check compares with docs/kernels.md of a checkout; {TABLE} does not exist")
     everything = modules()
-    ops = collect(everything)
-    found = forgotten(everything, ops)
+    variants = collect(everything)
+    found = forgotten(everything, variants)
     if options.kernel:
-        ops = {op: [x for x in list_ if x.kernel.__name__ == options.kernel] for op, list_ in ops.items()}
-        if not any(ops.values()):
+        variants = {name: [x for x in list_ if x.kernel.__name__ == options.kernel] for name, list_ in variants.items()}
+        if not any(variants.values()):
             parser.error(f"no variants() names a kernel {options.kernel}")
     measured: list[Row] = []
-    for row in rows(ops, SHARED_LIMIT):
+    for row in rows(variants, SHARED_LIMIT):
         measured.append(row)
-        print(row, *(f"sm_{capability} {row.cell(capability)}" for capability in SHARED_LIMIT), sep="  ", flush=True)
+        cells = (f"sm_{capability} {row.cell(capability)}" for capability in SHARED_LIMIT)
+        print(row, *cells, sep="  ", file=sys.stdout if options.kernel else sys.stderr, flush=True)
         found += problems(row)
-    if options.check:
-        found += stale(TABLE.read_text(encoding="utf-8"), measured, options.kernel)
+    if options.check and table is not None:
+        found += stale(table.read_text(encoding="utf-8"), measured, options.kernel)
+    elif table is not None and not options.kernel:
+        table.write_text(render(measured), encoding="utf-8")
     elif not options.kernel:
-        TABLE.write_text(render(measured), encoding="utf-8")
-    print(*found, sep="\n", file=sys.stderr)
+        print(render(measured), end="")
+    for problem in found:
+        print(problem, file=sys.stderr)
     return 1 if found else 0
 
 

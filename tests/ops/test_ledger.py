@@ -1,11 +1,15 @@
-"""Every Triton kernel that the ops launch compiles for the GPUs we ship to, within limits, as docs/kernels.md says.
+"""The ledger on small kernels and, slow, all kernels of the ops against the limits and docs/kernels.md.
 
-The same on a machine without a GPU. A new kernel joins by its name, which ends in `_kernel`, and an entry in its file's
-`variants()`; then `python -m triton_kernels.ledger` writes the table.
+No GPU is needed. A new kernel joins by its name, which ends in `_kernel`, and an entry in its file's `variants()`; then
+`python -m triton_kernels.ledger` writes the table.
 """
 
 from __future__ import annotations
 
+import os
+import shutil
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -30,7 +34,7 @@ def tiny_kernel(x_ptr, BLOCK: tl.constexpr):
 
 @triton.jit
 def hungry_kernel(x_ptr, BLOCK: tl.constexpr):
-    """All of the block stays in registers until its sum is known."""
+    """Hold the whole block in registers until its sum is known."""
     i = tl.arange(0, BLOCK)
     x = tl.load(x_ptr + i)
     tl.store(x_ptr + i, x / tl.sum(x))
@@ -38,7 +42,7 @@ def hungry_kernel(x_ptr, BLOCK: tl.constexpr):
 
 @triton.jit
 def deep_kernel(x_ptr, out_ptr, N, stride, BLOCK: tl.constexpr, STAGES: tl.constexpr):
-    """STAGES - 1 blocks wait in shared memory, if loads are wide enough to be asynchronous."""
+    """Prefetch STAGES - 1 blocks into shared memory, if loads are wide enough to be asynchronous."""
     total = tl.zeros([BLOCK], tl.float32)
     for row in tl.range(0, N, num_stages=STAGES):
         total += tl.load(x_ptr + row * stride + tl.arange(0, BLOCK)).to(tl.float32)
@@ -62,8 +66,8 @@ BROKEN = Variant(broken_kernel, {"x_ptr": "*fp32"}, {})
 
 
 def module(*variants: Variant, **names: Any) -> Any:
-    """Stands for a file of the package."""
-    return SimpleNamespace(__name__="triton_kernels._op", variants=lambda: list(variants), **names)
+    """Stand-in for a module of the package."""
+    return SimpleNamespace(__name__="triton_kernels.op", variants=lambda: list(variants), **names)
 
 
 def compiled(variant: Variant, *capabilities: int) -> Row:
@@ -76,12 +80,14 @@ def rows() -> list[Row]:
     return list(ledger.rows(ledger.collect(ledger.modules()), ledger.REQUIRED))
 
 
+@pytest.mark.slow
 def test_every_kernel_compiles_within_the_limits(rows: list[Row]) -> None:
     assert rows
     found = [problem for row in rows for problem in ledger.problems(row)]
     assert not found, "\n".join(found)
 
 
+@pytest.mark.slow
 def test_the_table_is_current(rows: list[Row]) -> None:
     found = ledger.stale(ledger.TABLE.read_text(encoding="utf-8"), rows)
     assert not found, "\n".join([*found, "Write it anew: python -m triton_kernels.ledger"])
@@ -98,7 +104,7 @@ def test_a_forgotten_kernel_is_reported() -> None:
     assert "hungry_kernel is in no variants()" in problem
 
 
-def test_what_two_modules_ship_is_listed_once() -> None:
+def test_a_variant_of_two_modules_is_listed_once() -> None:
     other = replace(TINY, options={"num_warps": 8, "enable_fp_fusion": True})
     assert ledger.collect([module(TINY), module(TINY, other)]) == {"op": [TINY, other]}
 
@@ -122,7 +128,7 @@ def test_shared_memory_over_the_limit_is_reported() -> None:
 
 @pytest.mark.parametrize(("multiples_of_16", "is_asynchronous"), [((), False), (("stride",), True)])
 def test_alignment_reaches_the_compiler(multiples_of_16: tuple[str, ...], is_asynchronous: bool) -> None:
-    """Rows of bf16 at any stride are loaded by 2 bytes, which cannot be asynchronous."""
+    """Rows of bf16 with an unaligned stride are loaded 2 bytes at a time, too few for asynchronous copies."""
     variant = replace(DEEP, signature={**DEEP.signature, "x_ptr": "*bf16"}, multiples_of_16=multiples_of_16)
     usage = ledger.measure(variant, 90)
     assert isinstance(usage, Usage) and (usage.shared_bytes >= 6 * 16 * 1024) == is_asynchronous
@@ -135,7 +141,7 @@ def test_a_kernel_that_does_not_compile_is_reported_where_it_must() -> None:
     assert row.cell(100) == "does not compile" and row.cell(80) == "-"
 
 
-def test_a_row_names_all_that_tells_it_apart() -> None:
+def test_a_row_names_everything_that_distinguishes_it() -> None:
     variant = Variant(
         deep_kernel,
         {"x_ptr": "*bf16", "N": "i64", "stride": "i32"},
@@ -156,7 +162,7 @@ def test_a_stale_row_is_reported() -> None:
     changed = replace(row, usage=usage | {90: Usage(41, 0, 16, 12)})
     [problem] = ledger.stale(table, [changed, other])
     assert problem.endswith("on sm_90 is 41 / 0 / 16 (12 warps), the table says 40 / 0 / 16")
-    # Another version of Triton may allocate other registers, but it ships the same kernels.
+    # Another version of Triton may allocate other registers, but it compiles the same kernels.
     table_of_another = table.replace(f"Made with Triton {triton.__version__}.", "Made with Triton 0.0.")
     assert ledger.stale(table_of_another, [changed, other]) == []
     [problem] = ledger.stale(table_of_another, [row])
@@ -170,6 +176,7 @@ def test_the_command_checks_what_it_has_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     table = tmp_path / "kernels.md"
+    table.write_text("", encoding="utf-8")
     monkeypatch.setattr(ledger, "TABLE", table)
     monkeypatch.setattr(ledger, "modules", lambda: [module(TINY, tiny_kernel=tiny_kernel)])
     assert ledger.main([]) == 0 and ledger.main(["--check"]) == 0
@@ -180,8 +187,30 @@ def test_the_command_checks_what_it_has_written(
     assert ledger.main(["--check"]) == 1
     assert "tiny_kernel [BLOCK=128, 4 warps] is not in the table" in capsys.readouterr().err
     assert ledger.main(["--kernel", "tiny_kernel"]) == 0 and "BLOCK=256" in table.read_text(encoding="utf-8")
+    assert capsys.readouterr().out.startswith("tiny_kernel [BLOCK=128, 4 warps]  sm_80 ")
     with pytest.raises(SystemExit, match="2"):
         ledger.main(["--kernel", "other_kernel"])
     monkeypatch.setattr(ledger, "modules", lambda: [module(HUNGRY)])
     assert ledger.main([]) == 1
     assert "spills" in capsys.readouterr().err
+
+
+def test_without_a_checkout_the_table_is_printed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(ledger, "TABLE", tmp_path / "docs" / "kernels.md")
+    monkeypatch.setattr(ledger, "modules", lambda: [module(TINY, tiny_kernel=tiny_kernel)])
+    assert ledger.main([]) == 0
+    written = capsys.readouterr()
+    assert written.out.startswith("# Kernels\n") and "\n| `tiny_kernel` | BLOCK=128 | 4 | - | " in written.out
+    assert written.err.startswith("tiny_kernel [BLOCK=128, 4 warps]  sm_80 ")  # progress is no part of the table
+    assert not any(tmp_path.iterdir())
+
+
+def test_an_installed_package_refuses_to_check_before_it_compiles(tmp_path: Path) -> None:
+    shutil.copytree(Path(ledger.__file__).parent, tmp_path / "triton_kernels", ignore=lambda *_: ["__pycache__"])
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path), "TRITON_CACHE_DIR": str(tmp_path / "cache")}
+    command = [sys.executable, "-m", "triton_kernels.ledger", "--check"]
+    run = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+    assert run.returncode == 2 and not (tmp_path / "cache").exists()
+    assert f"of a checkout; {tmp_path / 'docs' / 'kernels.md'} does not exist" in run.stderr
