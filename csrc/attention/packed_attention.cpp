@@ -17,7 +17,7 @@ namespace {
 using at::Tensor;
 
 constexpr int64_t kPartTokens = 512;          // see parts_of
-constexpr int64_t kPairsPerThread = 1 << 15;  // for less a thread is not worth its waking
+constexpr int64_t kPairsPerThread = 1 << 15;  // fewer do not repay waking a thread
 
 std::vector<Segment> segments_of(const Tensor& segments_N5, int64_t num_tokens) {
   const Tensor table = segments_N5.to(at::kLong).contiguous();
@@ -32,15 +32,15 @@ std::vector<Segment> segments_of(const Tensor& segments_N5, int64_t num_tokens) 
   return segments;
 }
 
-// Most pairs of query and key first, but in the buffer's order where they are of one magnitude.
+// Sorts by pairs of query and key, most first; items within a factor of two stay in the buffer's order.
 template <typename X>
 void sort_by_work(std::vector<X>& items) {
   std::stable_sort(items.begin(), items.end(),
                    [](const X& a, const X& b) { return std::ilogb(a.pairs()) > std::ilogb(b.pairs()); });
 }
 
-// Calls f(item, j, scratch) for all items and the J key heads on all threads, each of which takes the next few when it
-// is done. What f computes must not depend on the thread.
+// Calls f(item, j, scratch) for all items and key heads j on all threads; a thread takes the next few when it is done.
+// Results of f must not depend on the thread.
 template <typename T, typename X, typename F>
 void for_tasks(const std::vector<X>& items, const Attention<T>& attention, const at::TensorOptions& options,
                const F& f) {
@@ -59,7 +59,7 @@ void for_tasks(const std::vector<X>& items, const Attention<T>& attention, const
   });
 }
 
-// With a head's columns following each other.
+// x in `dtype`, contiguous within a head.
 Tensor heads_of(const Tensor& x, at::ScalarType dtype) {
   const Tensor y = x.to(dtype);
   return y.stride(2) == 1 ? y : y.contiguous();
@@ -93,8 +93,8 @@ std::tuple<Tensor, Tensor> forward(const Tensor& q_THK, const Tensor& k, const T
   return {out.to(q_THK.scalar_type()), lse_HT};
 }
 
-// Consecutive segments of a group, of which one thread makes all gradients of a key head. Those of the prompt's keys go
-// to a slot if the part begins with a response, and the slots are added up in a fixed order.
+// Consecutive segments of a group; one thread computes all their gradients of a key head. If the part begins with a
+// response, the gradients of the prompt's keys go to a slot. The slots are added in a fixed order.
 struct Part {
   const Segment *begin, *end;
   int64_t tokens, slot;  // slot: its first row among all slots, or -1
@@ -106,8 +106,8 @@ struct Part {
   }
 };
 
-// Parts of kPartTokens tokens or more where a group has so many, and of no less than its prompt, so that all slots
-// together have at most as many rows as the buffer.
+// Cuts groups into parts of at least kPartTokens tokens, and of at least the prompt's length, so that the slots have no
+// more rows than the buffer.
 std::pair<std::vector<Part>, int64_t> parts_of(const std::vector<Segment>& segments) {
   std::vector<Part> parts;
   int64_t slots = 0, group = -1;
@@ -169,11 +169,10 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad_out, const std::o
   return {dq.to(q_THK.scalar_type()), dk.to(k.scalar_type()), dv.to(v.scalar_type())};
 }
 
-// Without what is for Triton: `positions_T` follow from the segments, `tables` and `num_slots` are of its tiles.
+// `positions_T` follow from the segments, and the `tables` are those of the Triton kernels: neither is read.
 std::tuple<Tensor, Tensor> packed_attention_fwd(const Tensor& q_THK, const Tensor& k, const Tensor& v,
                                                 const Tensor& positions_T, const Tensor& segments_N5,
-                                                at::TensorList tables, int64_t num_slots, double scale,
-                                                std::optional<int64_t> window) {
+                                                at::TensorList tables, double scale, std::optional<int64_t> window) {
   const auto run = q_THK.scalar_type() == at::kDouble ? &forward<double> : &forward<float>;
   return run(q_THK, k, v, segments_N5, scale, window);
 }
@@ -182,8 +181,7 @@ std::tuple<Tensor, Tensor, Tensor> packed_attention_bwd(const Tensor& grad_out,
                                                         const std::optional<Tensor>& grad_lse_HT, const Tensor& q_THK,
                                                         const Tensor& k, const Tensor& v, const Tensor& out,
                                                         const Tensor& lse_HT, const Tensor& positions_T,
-                                                        const Tensor& segments_N5, at::TensorList tables,
-                                                        int64_t num_slots, double scale,
+                                                        const Tensor& segments_N5, at::TensorList tables, double scale,
                                                         std::optional<int64_t> window) {
   const auto run = q_THK.scalar_type() == at::kDouble ? &backward<double> : &backward<float>;
   return run(grad_out, grad_lse_HT, q_THK, k, v, out, lse_HT, segments_N5, scale, window);

@@ -1,7 +1,7 @@
-"""Launching of packed attention's Triton kernels: tiles by architecture, type and head size, never by lengths.
+"""Launchers of packed attention's Triton kernels. Tiles follow architecture, type and head size, never lengths.
 
-The same binary serves every layout, and nothing is tuned at run time. T packed tokens, H query heads, J key heads,
-K head size, V head size of the values.
+One binary serves every layout, and nothing is tuned at run time. T packed tokens, H query heads, J key heads, K head
+size, V head size of the values.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor
 from triton_kernels._common import INTERPRET
 from triton_kernels._register import Variant
 from triton_kernels._triton import HAS_TRITON, LAUNCH_OPTIONS, triton
-from triton_kernels.attention.attention_kernels import (
+from triton_kernels.attention.kernels import (
     add_slots_kernel,
     attention_dkv_kernel,
     attention_dq_kernel,
@@ -28,7 +28,7 @@ _BLOCK_SUM = 1024
 
 @dataclass(frozen=True)
 class Tile:
-    """Queries and keys that a program multiplies at once, its warps, and how many blocks are on their way to it."""
+    """Queries and keys that a program multiplies at once, its warps, and stages: blocks in flight plus one."""
 
     queries: int
     keys: int
@@ -36,17 +36,17 @@ class Tile:
     stages: int
 
     def constants(self) -> dict[str, int]:
-        """Of the kernel."""
+        """Compile-time constants of the kernel."""
         return {"BLOCK_Q": self.queries, "BLOCK_K": self.keys}
 
     def options(self) -> dict[str, int]:
-        """Of the launch."""
+        """num_warps, num_stages and the options of every launch."""
         return LAUNCH_OPTIONS | {"num_warps": self.warps, "num_stages": self.stages}
 
 
 @dataclass(frozen=True)
 class Tiles:
-    """Of the three kernels; `first_part` is of a head's columns, see `parts`."""
+    """Tiles of the three kernels, and the most columns of a head's first part (see `parts`)."""
 
     forward: Tile
     dq: Tile
@@ -78,22 +78,22 @@ TILES: dict[str, dict[int, dict[int, Tiles]]] = {
         4: _FP32,
     },
 }
-"""By architecture, bytes per operand and the largest head size they are for. "default" fits sm_80.
+"""Tiles by architecture, bytes per operand and largest head size. "default" fits sm_80.
 
-Three stages: with two, a block is loaded only once the one before it is done with. Eight warps want 128 rows (queries,
-or keys of dkv), or two of them would compute the same.
+With two stages a block is loaded only when the one before it is used up; three overlap. Eight warps want 128 rows
+(queries, or keys of dkv): with fewer, two warps compute the same.
 """
 
 _CAPABILITIES = {"sm_90": (90,), "default": (80, 100)}
 
 
-def tables(layout: PackedLayout, q_THK: Tensor, k: Tensor, v: Tensor, window: int | None) -> tuple[list[Tensor], int]:
-    """Work tables of the three kernels and of the sums, and the number of slots; none where Triton does not serve.
+def tables(layout: PackedLayout, q_THK: Tensor, k: Tensor, v: Tensor, window: int | None) -> list[Tensor]:
+    """Work tables: query tiles of forward and of dq, then `KeyTiles`; none where Triton does not serve.
 
     Raises `ValueError` for heads larger than 256, and for a group whose offsets do not fit 32 bits.
     """
     if not _is_served(q_THK):
-        return [], 0
+        return []
     if max(q_THK.shape[2], v.shape[2]) > LARGEST_HEAD:
         raise ValueError(
             f"head sizes are at most {LARGEST_HEAD} on a GPU; got {q_THK.shape[2]} and, of the values, {v.shape[2]}"
@@ -107,7 +107,7 @@ def tables(layout: PackedLayout, q_THK: Tensor, k: Tensor, v: Tensor, window: in
     tiles = _tiles(q_THK, v)
     keys = layout.key_tiles(tiles.dkv.keys, tiles.dkv.queries, k.shape[1], window)
     forward, dq = (layout.query_tiles(tile.queries, window) for tile in (tiles.forward, tiles.dq))
-    return [forward, dq, keys.items_I5, keys.sums_M4], keys.num_slots
+    return [forward, dq, keys.items_I5, keys.sums_M4, keys.slots_Z0]
 
 
 def _is_served(q_THK: Tensor) -> bool:
@@ -120,7 +120,7 @@ def _tiles(q_THK: Tensor, v: Tensor) -> Tiles:
 
 
 def _served_dtype(x: Tensor) -> torch.dtype:
-    """The interpreter's product of bf16 is wrong."""
+    """Type of the kernels' operands: bf16 becomes fp32 in the interpreter, whose product of bf16 is wrong."""
     return torch.float32 if x.dtype == torch.bfloat16 and not x.is_cuda else x.dtype
 
 
@@ -142,7 +142,7 @@ def launch_forward(
     if out.numel():
         rows, tiles, queries_I5 = _rows(q_THK, k, v), _tiles(q_THK, v), tables[0]
         attention_forward_kernel[(len(queries_I5) * H,)](
-            *rows, out, lse_HT, queries_I5, T, *_sizes(*rows), scale, window or 0,
+            *rows, out, lse_HT, queries_I5, T, *_sizes(*rows), scale, min(window or 0, T),
             **_widths(q_THK.shape[2], v.shape[2], tiles.first_part), HAS_WINDOW=window is not None,
             **tiles.forward.constants(), **tiles.forward.options(),
         )  # fmt: skip
@@ -159,7 +159,6 @@ def launch_backward(
     lse_HT: Tensor,
     positions_T: Tensor,
     tables: list[Tensor],
-    num_slots: int,
     scale: float,
     window: int | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -170,23 +169,23 @@ def launch_backward(
     if not out.numel():
         return dq.zero_().to(q_THK.dtype), dk.zero_().to(k.dtype), dv.zero_().to(v.dtype)
     inputs = _rows(q_THK, k, v)
-    sizes = _sizes(*inputs)
+    sizes, window_or_0 = _sizes(*inputs), min(window or 0, T)  # no path is longer than T, which fits 32 bits
     constants = {**_widths(K, V, tiles.first_part), "HAS_WINDOW": window is not None}
     grad_out, out = grad_out.to(dtype).contiguous(), out.to(dtype)
     grad_lse_HT = None if grad_lse_HT is None else grad_lse_HT.float().contiguous()
-    _, queries_I5, keys_I5, sums_M4 = tables
+    _, queries_I5, keys_I5, sums_M4, slots_Z0 = tables
     delta_HT = torch.empty_like(lse_HT)
     attention_dq_kernel[(len(queries_I5) * H,)](
-        *inputs, out, grad_out, lse_HT, grad_lse_HT, delta_HT, dq, queries_I5, T, *sizes, scale, window or 0,
+        *inputs, out, grad_out, lse_HT, grad_lse_HT, delta_HT, dq, queries_I5, T, *sizes, scale, window_or_0,
         **constants, **tiles.dq.constants(), **tiles.dq.options(),
     )  # fmt: skip
     block = tiles.dkv.keys
-    dk_slots, dv_slots = (x.new_empty(num_slots, J, block, x.shape[2], dtype=torch.float32) for x in (k, v))
+    dk_slots, dv_slots = (x.new_empty(len(slots_Z0), J, block, x.shape[2], dtype=torch.float32) for x in (k, v))
     attention_dkv_kernel[(len(keys_I5) * J,)](
         *inputs, grad_out, lse_HT, delta_HT, positions_T, keys_I5, dk, dv, dk_slots, dv_slots,
-        T, *sizes, scale, window or 0, **constants, **tiles.dkv.constants(), **tiles.dkv.options(),
+        T, *sizes, scale, window_or_0, **constants, **tiles.dkv.constants(), **tiles.dkv.options(),
     )  # fmt: skip
-    if num_slots:
+    if len(slots_Z0):
         for slots, gradient in ((dk_slots, dk), (dv_slots, dv)):
             width = gradient.shape[2]
             add_slots_kernel[(len(sums_M4) * J * triton.cdiv(block * width, _BLOCK_SUM),)](
@@ -196,7 +195,7 @@ def launch_backward(
 
 
 def _rows(*inputs: Tensor) -> list[Tensor]:
-    """What the kernels read: a head's columns follow each other, and offsets within a group fit 32 bits."""
+    """Inputs as the kernels read them: columns of a head contiguous, offsets within a group in 32 bits."""
     served = [x.to(_served_dtype(x)) for x in inputs]
     return [x if x.stride(2) == 1 and len(x) * x.stride(0) < 2**31 else x.contiguous() for x in served]
 
@@ -213,10 +212,10 @@ def _widths(K: int, V: int, first_part: int | None) -> dict[str, int]:
 
 
 def parts(width: int, first_part: int | None) -> tuple[int, int]:
-    """Powers of two that hold so many columns: one that may be larger, or two, of which the second may be 0.
+    """Split `width` columns into one power of two that holds them, or into two; the second may be 0.
 
-    Products need powers of two, at least 16. In two parts 192 = 128 + 64 loses nothing, where the registers allow it:
-    then `first_part` is the most that the first may have.
+    Products need powers of two, at least 16. Two parts waste nothing, 192 = 128 + 64, but take registers: `first_part`
+    is the most columns of the first, and None asks for one part.
     """
     rounded = max(16, 1 << (width - 1).bit_length())
     if first_part is None or rounded == width <= first_part or width <= 16:
@@ -228,17 +227,16 @@ def parts(width: int, first_part: int | None) -> tuple[int, int]:
 
 _MAX_SPILL_BYTES = 16
 """A tile fills the registers; a few that are spilled outside of the loops cost nothing."""
-_SHIPPED_HEADS = ((64, 64), (96, 96), (128, 128), (192, 128), (256, 256))
+_LEDGER_HEADS = ((64, 64), (96, 96), (128, 128), (192, 128), (256, 256))
 
 
 def variants() -> list[Variant]:
-    """The kernels at the head sizes of today's models: in bf16, at 128 also in fp16 and with a window; in fp32."""
+    """Kernels for the ledger: bf16 at usual head sizes, at 128 also fp16 and a window; fp32 at those of its tiles."""
     kernels: list[Variant] = []
     for name, by_bytes in TILES.items():
-        for K, V in _SHIPPED_HEADS:
+        for K, V in _LEDGER_HEADS:
             size = min(size for size in by_bytes[2] if size >= max(K, V))
-            variants = (("bf16", False), ("bf16", True), ("fp16", False)) if K == 128 else (("bf16", False),)
-            for dtype, window in variants:
+            for dtype, window in (("bf16", False), ("bf16", True), ("fp16", False)) if K == 128 else (("bf16", False),):
                 kernels += _specialisations(by_bytes[2][size], K, V, dtype, window, _CAPABILITIES[name])
     for size, tiles in _FP32.items():
         kernels += _specialisations(tiles, size, size, "fp32", False, (80, 90, 100))
@@ -256,7 +254,7 @@ _TYPES = {
 def _specialisations(
     tiles: Tiles, K: int, V: int, dtype: str, window: bool, capabilities: tuple[int, ...]
 ) -> list[Variant]:
-    """The three kernels and the sum of slots."""
+    """Variants of the three kernels and of the sum of slots."""
     kernels = []
     for kernel, tile in (
         (attention_forward_kernel, tiles.forward), (attention_dq_kernel, tiles.dq), (attention_dkv_kernel, tiles.dkv)

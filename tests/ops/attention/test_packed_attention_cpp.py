@@ -55,7 +55,7 @@ def run(
     q, k, v = (x.unflatten(1, (-1, n)) for x, n in zip(qkv.split([H * K, J * K, J * V], 1), (K, K, V), strict=True))
     do = torch.randn(H, T, V, generator=generator, dtype=dtype).transpose(0, 1)
     dlse = torch.randn(H, T, generator=generator, dtype=dtype)
-    where = (layout.positions_T, layout.segments_N5, [], 0, K**-0.5, window)
+    where = (layout.positions_T, layout.segments_N5, [], K**-0.5, window)
     out, lse = packed_attention_fwd(q, k, v, *where)
     ours = [out, lse, *packed_attention_bwd(do, dlse, q, k, v, out, lse, *where)]
     exact = (q.double(), k.double(), v.double())
@@ -93,7 +93,7 @@ def test_bits_do_not_depend_on_threads() -> None:
 def test_gradients_without_that_of_lse_and_of_an_expanded_gradient() -> None:
     layout = sequences()
     q, k, v = (torch.randn(layout.num_tokens, heads, 8) for heads in (4, 2, 2))
-    where = (layout.positions_T, layout.segments_N5, [], 0, 0.3, None)
+    where = (layout.positions_T, layout.segments_N5, [], 0.3, None)
     out, lse = packed_attention_fwd(q, k, v, *where)
     expanded = torch.ones(()).expand_as(out)
     ours = packed_attention_bwd(expanded, None, q, k, v, out, lse, *where)
@@ -106,7 +106,7 @@ def test_gradients_without_that_of_lse_and_of_an_expanded_gradient() -> None:
 def test_segments_outside_of_the_buffer(segment: tuple[int, ...]) -> None:
     x = torch.zeros(8, 1, 4)
     with pytest.raises(ValueError, match=rf"buffer of 8 tokens; got start {segment[0]}, end {segment[1]}"):
-        packed_attention_fwd(x, x, x, torch.arange(8), torch.tensor([segment], dtype=torch.int32), [], 0, 1.0, None)
+        packed_attention_fwd(x, x, x, torch.arange(8), torch.tensor([segment], dtype=torch.int32), [], 1.0, None)
 
 
 def test_without_avx2() -> None:

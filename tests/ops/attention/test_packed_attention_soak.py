@@ -1,7 +1,7 @@
-"""packed_attention on hundreds of random layouts: values, gradients, and the same bits when it is run again.
+"""packed_attention on hundreds of random layouts: values, gradients, and the same bits in a second run.
 
-On a GPU this is what shows races and reads beyond a tile, which neither the interpreter nor compilation can; the CPU
-runs a few of the same. Each layout is named by its seed: `-k "[cuda-17"` runs one again.
+On a GPU this shows races and reads beyond a tile, which neither the interpreter nor compilation can. The CPU runs 100,
+all but a few of them slow. Each layout is named by its seed: `-k "[cuda-1017"` runs one again.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ from dataclasses import dataclass
 import pytest
 import torch
 from cases import RTOL, assert_at_most_twice_as_far, relative_error
-from test_packed_attention import Groups, dense, gradients, layout_of, make, positions_of
+from packed_cases import Groups, dense, gradients, layout_of, make, positions_of
 from torch import Tensor
 
 from triton_kernels import packed_attention
 
-_GPU_LAYOUTS, _CPU_LAYOUTS = 400, 8
+_GPU_LAYOUTS, _CPU_LAYOUTS, _FAST_LAYOUTS = 400, 100, 8
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Draw:
 
 
 def draw_sequences(generator: random.Random, longest: int) -> list[int] | Groups:
-    """Lengths are log-uniform, and often next to a multiple of a tile."""
+    """Draw log-uniform lengths, often next to a multiple of a tile."""
 
     def length(longest: int) -> int:
         n = int(2 ** generator.uniform(0, math.log2(longest)))
@@ -46,7 +46,7 @@ def draw_sequences(generator: random.Random, longest: int) -> list[int] | Groups
 
 
 def draw(seed: int, most_tokens: int, dtypes: list[torch.dtype]) -> Draw:
-    """A dense mask of so many tokens must fit."""
+    """Draw a problem of at most `most_tokens` tokens, so that a dense mask fits."""
     generator = random.Random(seed)
     sequences = draw_sequences(generator, most_tokens // 2)
     while len(positions_of(sequences)) > most_tokens:
@@ -69,7 +69,10 @@ def run(case: Draw, inputs: list[Tensor], layout: object) -> tuple[Tensor, ...]:
 @pytest.mark.no_interpret
 @pytest.mark.parametrize(
     "seed",
-    [pytest.param(seed, id=f"cpu-{seed}") for seed in range(_CPU_LAYOUTS)]
+    [
+        pytest.param(seed, id=f"cpu-{seed}", marks=[pytest.mark.slow] * (seed >= _FAST_LAYOUTS))
+        for seed in range(_CPU_LAYOUTS)
+    ]
     + [pytest.param(seed, id=f"cuda-{seed}", marks=pytest.mark.gpu) for seed in range(1000, 1000 + _GPU_LAYOUTS)],
 )
 def test_random_layouts(seed: int) -> None:
