@@ -1,9 +1,10 @@
-// Attention of a tile of queries to blocks of keys that it sees: triton_kernels/attention/packed_attention.py has the formulas.
-// The query heads of one key head are rows of one matrix: row i of a tile is token i / R, head i % R. Scores are kept
-// with a row per key, so that softmax statistics are vectors over queries, and keys and values serve as they lie.
+// Attention of a tile of queries to the blocks of keys that it sees; the formulas are in
+// triton_kernels/attention/packed_attention.py. The query heads of one key head are rows of one matrix: row i of a tile
+// is token i / R, head i % R. Scores have a row per key: softmax statistics are then vectors over queries, and keys and
+// values are read without transposing.
 //
-// Keys are numbered by columns: column c is the buffer's row c from the segment's start on, and before it, in the
-// prompt, row c - (start - prompt_end).
+// Columns number the keys of a path: column c is the buffer's row c from the segment's start on, and row
+// c - (start - prompt_end) before it, in the prompt.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -33,7 +34,7 @@ struct Segment {
   int64_t pairs() const { return (end - start) * (prompt() + (end - start + 1) / 2); }
 };
 
-// Some tokens of a segment, from the buffer's row `first` on.
+// Consecutive tokens of a segment, from the buffer's row `first` on.
 struct Tile {
   const Segment* segment;
   int64_t first, tokens;
@@ -41,25 +42,26 @@ struct Tile {
   int64_t pairs() const { return tokens * (first + tokens - segment->first_column()); }
 };
 
-// Columns of which a tile sees something: the buffer's row of the first, and its distance from the tile's first token.
+// Consecutive columns that a tile sees at least in part. key: the buffer's row of the first. offset: its column minus
+// the tile's first token.
 struct Block {
   int64_t size, key, offset, R, window, rows;
 
-  // The tile's rows that see any of n columns from c on.
+  // Rows of the tile that see any of the n columns from c on.
   Range rows_of(int64_t c, int64_t n) const {
     return Range{(offset + c) * R, (offset + c + n - 1 + window) * R}.within(rows);
   }
 
-  // The columns that any of n rows from i on see.
+  // Columns that any of the n rows from i on sees.
   Range columns_of(int64_t i, int64_t n) const {
     return Range{i / R - offset - window + 1, (i + n - 1) / R - offset + 1}.within(size);
   }
 };
 
-// To whole registers of fp32.
+// The range, widened to whole registers of fp32.
 inline Range widened(Range x) { return {x.begin / 8 * 8, (x.end + 7) / 8 * 8}; }
 
-// exp(x) for x <= 88, in float 0 where its result would be subnormal. NaN stays NaN.
+// exp(x) for x <= 88; a float result that would be subnormal is 0. NaN stays NaN.
 inline float exp_or_zero(float x) {
   const float e = bounded_exp(x);
   return x < -87.0f ? 0.0f : e;
@@ -67,7 +69,7 @@ inline float exp_or_zero(float x) {
 
 inline double exp_or_zero(double x) { return std::exp(x); }
 
-// [tokens, heads, width], where a head's columns follow each other.
+// A tensor [tokens, heads, width] whose columns are contiguous within a head.
 template <typename T>
 struct Heads {
   T* data;
@@ -85,7 +87,7 @@ struct Heads {
   }
 };
 
-// A thread's memory, handed out in arrays that begin on a cache line.
+// Bump allocator over a thread's memory; arrays begin on a cache line.
 template <typename T>
 struct Scratch {
   T* next;
@@ -106,7 +108,7 @@ struct Attention {
 
   int64_t tile_tokens() const { return std::max<int64_t>(1, kTileRows / std::max<int64_t>(1, R)); }
 
-  // Of backward, which takes more.
+  // Elements that backward takes; forward takes fewer.
   int64_t scratch_size() const {
     const int64_t rows = tile_tokens() * R + 16;
     return (3 * q.width + 2 * v.width + 2 * kBlockColumns + 2) * rows + (q.width + v.width) * kBlockColumns;
@@ -135,7 +137,7 @@ struct Attention {
     }
   }
 
-  // out and lse [H, T] of the tile's rows in the heads of key head j.
+  // Computes out and lse [H, T] of the tile's tokens for the query heads of key head j.
   void forward(const Tile& tile, int64_t j, Scratch<T> scratch, const Heads<T>& out, T* lse) const {
     const int64_t rows = tile.tokens * R, lanes = widened({0, rows}).end, V = v.width;
     T *q_t = scratch.take(lanes * q.width), *o = scratch.take(rows * V), *values = scratch.take(kBlockColumns * V);
@@ -163,15 +165,15 @@ struct Attention {
     });
   }
 
-  // What only the backward pass reads, and what it writes.
+  // Further inputs of the backward pass, and its outputs.
   struct Gradients {
     Heads<const T> grad_out, out;
     const T *lse, *grad_lse;  // [H, T]; grad_lse may be null
     Heads<T> dq, dk, dv;
   };
 
-  // dq of the tile's rows in the heads of key head j. Adds to that head's dk and dv; those of the prompt's keys are the
-  // rows of `prompt_dk` and `prompt_dv`.
+  // Computes dq of the tile's tokens for the query heads of key head j and adds to dk and dv of that key head. The
+  // prompt's gradients are the rows of `prompt_dk` and `prompt_dv`.
   void backward(const Tile& tile, int64_t j, Scratch<T> scratch, const Gradients& g, Matrix<T> prompt_dk,
                 Matrix<T> prompt_dv) const {
     const int64_t rows = tile.tokens * R, lanes = widened({0, rows}).end, K = q.width, V = v.width;
@@ -203,7 +205,7 @@ struct Attention {
     });
   }
 
-  // The tile's rows of x times `factor`, transposed: [width, lanes]. Lanes beyond the rows hold the last row.
+  // Writes the tile's rows of x times `factor`, transposed: [width, lanes]. Lanes beyond the rows repeat the last row.
   void load_transposed(const Heads<const T>& x, const Tile& tile, int64_t j, T factor, int64_t lanes, T* to) const {
     vectorised([=, this] {
       for (int64_t i = 0, t = 0, r = 0; i < lanes; i += kLanes<T>) {
@@ -222,7 +224,7 @@ struct Attention {
     });
   }
 
-  // Of the tile's rows: queries times the scale, gradients of the output, lse, delta.
+  // Loads the tile's rows: queries times the scale, gradients of the output, lse, delta.
   void load_rows(const Tile& tile, int64_t j, const Gradients& g, int64_t lanes, T* queries, T* grad_out, T* lse,
                  T* delta) const {
     std::fill_n(lse, lanes, T(0));
@@ -241,7 +243,7 @@ struct Attention {
     });
   }
 
-  // to [columns, lanes] = x y, x [columns, width] of keys or values, y [width, lanes] of the tile.
+  // to [columns, lanes] = x y; x [columns, width] holds keys or values, y [width, lanes] is of the tile.
   void scores(const Block& b, Matrix<const T> x, int64_t width, const T* y, int64_t lanes, T* to) const {
     product<T>(b.size, x, {y, lanes}, {to, lanes}, false,
                [=](int64_t c, int64_t n) { return std::pair(widened(b.rows_of(c, n)), Range{0, width}); });
@@ -259,7 +261,7 @@ struct Attention {
                [=](int64_t c, int64_t n) { return std::pair(Range{0, width}, b.rows_of(c, n)); });
   }
 
-  // Scores become exp(score - max) by the new maximum; what is by the old one is to be multiplied by `factor`.
+  // Replaces scores by exp(score - new maximum); sums and outputs over earlier blocks are to be multiplied by `factor`.
   void softmax(const Block& b, int64_t lanes, T* p, T* max, T* sum, T* factor) const {
     vectorised([=] {
       std::copy_n(max, lanes, factor);
@@ -294,7 +296,7 @@ struct Attention {
     });
   }
 
-  // Scores become p, and dp becomes ds.
+  // Replaces scores by p and dp by ds.
   void differentiate(const Block& b, int64_t lanes, T* p, T* ds, const T* lse, const T* delta) const {
     vectorised([=] {
       for (int64_t c = 0; c < b.size; ++c) {
@@ -311,7 +313,8 @@ struct Attention {
     });
   }
 
-  // In column c, what no query sees becomes `value` in the registers of those that do, 0 elsewhere; returns the former.
+  // Masks column c for the queries that do not see it: `value` in the registers that hold any that do, 0 in the others.
+  // Returns the range of the former.
   static Range hide(const Block& b, int64_t c, int64_t lanes, T* row, T value) {
     const Range seen = b.rows_of(c, 1), wide = widened(seen);
     std::fill(row, row + wide.begin, T(0));
@@ -321,7 +324,7 @@ struct Attention {
     return wide;
   }
 
-  // A query that has seen nothing yet has the maximum -inf, and -inf - (-inf) would be NaN.
+  // The maximum of a query that has seen nothing yet is -inf, and -inf - (-inf) would be NaN.
   static T finite(T max) { return max == -kInfinity<T> ? T(0) : max; }
 };
 

@@ -1,4 +1,4 @@
-// Products of small matrices that lie in the cache.
+// Products of small matrices in the cache.
 #pragma once
 
 #include <algorithm>
@@ -11,7 +11,7 @@ namespace dsm {
 
 template <typename T>
 struct Register {
-  typedef T Lanes __attribute__((vector_size(32)));  // of AVX2; elsewhere the compiler takes two smaller ones
+  typedef T Lanes __attribute__((vector_size(32)));  // AVX2's; elsewhere the compiler takes two smaller ones
 };
 
 template <typename T>
@@ -35,7 +35,7 @@ struct Matrix {
   Matrix transposed() const { return {data, column, row}; }
 };
 
-// kRows rows of C and kWide Vs of them, from column n on. 6 rows of two Lanes leave registers for the operands.
+// Computes kRows rows by kWide vectors V of C, from column n on. 6 rows of two Lanes leave registers for the operands.
 template <typename V, int kRows, int kWide, typename T>
 void product_block(int64_t n, Range inner, Matrix<const T> a, Matrix<const T> b, Matrix<T> c, bool add) {
   constexpr int64_t size = sizeof(V) / sizeof(T);
@@ -59,7 +59,7 @@ void product_block(int64_t n, Range inner, Matrix<const T> a, Matrix<const T> b,
   }
 }
 
-// The first `rows` <= kRows rows of C.
+// Computes the first `rows` <= kRows rows of C.
 template <int kRows, typename T>
 void product_rows(int64_t rows, Range columns, Range inner, Matrix<const T> a, Matrix<const T> b, Matrix<T> c,
                   bool add) {
@@ -74,8 +74,8 @@ void product_rows(int64_t rows, Range columns, Range inner, Matrix<const T> a, M
   for (; n < columns.end; ++n) product_block<T, kRows, 1>(n, inner, a, b, c, add);
 }
 
-// C = A B, or with `add` C += A B, for A of M rows; a row of B is contiguous, and of C. `limits(m, rows)`: the columns
-// of C that are wanted in rows m .. m + rows - 1, and the columns of A that are not 0 there.
+// C = A B, or with `add` C += A B; A has M rows, rows of B and C are contiguous. `limits(m, rows)` gives the columns of
+// C to compute in rows m .. m + rows - 1, and the columns of A that are not 0 there.
 template <typename T, typename F>
 void product(int64_t M, Matrix<const T> a, Matrix<const T> b, Matrix<T> c, bool add, const F& limits) {
   vectorised([=, &limits] {

@@ -1,15 +1,16 @@
 """Triton kernels of packed attention: forward, dQ, and dK with dV, over the work tables of packed_layout.py.
 
-A program takes one tile of queries and one head and goes along the path of the tile's segment, a block of columns at a
-time: the prompt's rows and then the segment's own, without a gap, so that a shared prompt is only another address. For
-dK and dV a program takes a tile of keys and one key head, and goes through the query rows that see it, of all query
-heads of that key head. No program adds to what another writes: partial sums have slots of their own, added in order.
+A program of forward or dQ takes one tile of queries and one head, and walks the path of the tile's segment a block of
+columns at a time. A path is the prompt's rows and then the segment's own without a gap, so a shared prompt is only
+another address. A program of dK and dV takes one tile of keys and one key head, and walks the query rows that see it,
+for all query heads of that key head. No two programs add to the same address: partial sums have slots of their own,
+which are added in order.
 
-Where a tile overhangs its range, the range's last row is loaded again and masked: what lies beyond cannot be felt, not
-even NaN.
+Where a tile overhangs its range, it loads the range's last row again and masks it, so that nothing beyond, not even
+NaN, reaches a result.
 
 T packed tokens, H query heads, J key heads, R = H / J, K head size, I work items, M tiles of keys with slots to add.
-A head's columns come in two parts, of which the second may be absent, as products need powers of two: 96 = 64 + 32.
+A head's columns come in two parts, because products need powers of two: 96 = 64 + 32. The second may be absent.
 """
 
 from __future__ import annotations
@@ -23,12 +24,12 @@ _LOG2_E = tl.constexpr(1.4426950408889634)
 
 _VARYING = ["T", "H", "R", "J", "window"]
 _jit: Any = functools.partial(triton.jit, do_not_specialize=_VARYING) if HAS_TRITON else triton.jit
-"""One binary for every number of tokens and heads, and every window; strides and head sizes tell what is aligned."""
+"""One binary for all numbers of tokens and heads and all windows; strides and head sizes tell what is aligned."""
 
 
 @triton.jit
 def load_parts(ptr, offset, WIDTH: tl.constexpr, FIRST: tl.constexpr, SECOND: tl.constexpr):
-    """The first FIRST and the next SECOND columns of the rows at these offsets; 0 beyond WIDTH."""
+    """Load the first FIRST and the next SECOND columns of the rows at these offsets; 0 beyond WIDTH."""
     column = tl.arange(0, FIRST)
     if FIRST > WIDTH:
         first = tl.load(ptr + (offset[:, None] + column), column[None, :] < WIDTH, other=0.0)
@@ -46,7 +47,7 @@ def load_parts(ptr, offset, WIDTH: tl.constexpr, FIRST: tl.constexpr, SECOND: tl
 
 @triton.jit
 def store_parts(ptr, offset, first, second, inside, WIDTH: tl.constexpr, FIRST: tl.constexpr, SECOND: tl.constexpr):
-    """As they are loaded."""
+    """Store the two parts of rows, see `load_parts`."""
     column = tl.arange(0, FIRST)
     tl.store(ptr + (offset[:, None] + column), first.to(ptr.dtype.element_ty), inside[:, None] & (column < WIDTH))
     if SECOND > 0:
@@ -56,8 +57,8 @@ def store_parts(ptr, offset, first, second, inside, WIDTH: tl.constexpr, FIRST: 
 
 @triton.jit
 def product(a, a_second, b, b_second, SECOND: tl.constexpr):
-    """a b' in fp32, of rows in two parts."""
-    # "ieee" is for fp32 operands: TF32 has 10 bits.
+    """a b' in fp32; rows of a and b are in two parts."""
+    # "ieee" keeps fp32 operands exact: TF32 has 10 bits.
     out = tl.dot(a, b.T, input_precision="ieee")
     if SECOND > 0:
         out = tl.dot(a_second, b_second.T, out, input_precision="ieee")
@@ -66,7 +67,7 @@ def product(a, a_second, b, b_second, SECOND: tl.constexpr):
 
 @triton.jit
 def add_product(acc, acc_second, a, b, b_second, SECOND: tl.constexpr):
-    """acc + a b, in two parts."""
+    """acc + a b; rows of b and acc are in two parts."""
     a = a.to(b.dtype)
     acc = tl.dot(a, b, acc, input_precision="ieee")
     if SECOND > 0:
@@ -76,7 +77,7 @@ def add_product(acc, acc_second, a, b, b_second, SECOND: tl.constexpr):
 
 @triton.jit
 def tile_of_queries(tiles_ptr, item, window, BLOCK_Q: tl.constexpr, HAS_WINDOW: tl.constexpr):
-    """(first row, end, start of the segment, first column, end of columns that all rows see in full, end, shift)."""
+    """(first row, end of the segment, its start, first column, end of the columns, shift) of a work item."""
     tile_ptr = tiles_ptr + item * 5
     first = tl.load(tile_ptr)
     end = tl.load(tile_ptr + 1)
@@ -90,14 +91,14 @@ def tile_of_queries(tiles_ptr, item, window, BLOCK_Q: tl.constexpr, HAS_WINDOW: 
 
 @triton.jit
 def key_rows(column, start, shift, high):
-    """Rows of the buffer of these columns of a path, counted from the segment's start, so that offsets fit 32 bits."""
+    """Rows of a path's columns, relative to the segment's start, so that offsets fit 32 bits."""
     column = tl.minimum(column, high - 1)
     return column - tl.where(column < start, shift, 0) - start
 
 
 @triton.jit
 def is_visible(row, column, window, HAS_WINDOW: tl.constexpr):
-    """[rows, columns] of one path."""
+    """Visibility [rows, columns] on one path."""
     visible = column[None, :] <= row[:, None]
     if HAS_WINDOW:
         visible &= column[None, :] > row[:, None] - window
@@ -110,7 +111,7 @@ def attend(
     scale_log2, window, K: tl.constexpr, K_FIRST: tl.constexpr, K_SECOND: tl.constexpr,
     V: tl.constexpr, V_FIRST: tl.constexpr, V_SECOND: tl.constexpr, MASKED: tl.constexpr, HAS_WINDOW: tl.constexpr,
 ):  # fmt: skip
-    """The running softmax of one more block of columns; `largest` is before the scale."""
+    """Add a block of columns to the running softmax; `largest` is before the scale."""
     key = key_rows(column, start, shift, high)
     k, k_second = load_parts(k_ptr, key * k_stride, K, K_FIRST, K_SECOND)
     scores = product(q, q_second, k, k_second, K_SECOND)
@@ -136,7 +137,7 @@ def attention_forward_kernel(
     V: tl.constexpr, V_FIRST: tl.constexpr, V_SECOND: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, HAS_WINDOW: tl.constexpr,
 ):  # fmt: skip
-    """out [T, H, V] and lse [H, T] of one tile of queries. Heads run side by side and share keys in the cache."""
+    """out [T, H, V] and lse [H, T] of one tile of queries. Programs of neighbouring heads share keys."""
     head = tl.program_id(0) % H
     first, end, start, low, high, shift = tile_of_queries(tiles_ptr, tl.program_id(0) // H, window, BLOCK_Q, HAS_WINDOW)
     k_ptr += start.to(tl.int64) * k_stride + (head // R).to(tl.int64) * k_head
@@ -151,7 +152,7 @@ def attention_forward_kernel(
     acc_second = tl.zeros((BLOCK_Q, V_SECOND if V_SECOND > 0 else 1), tl.float32)
     scale_log2 = scale * _LOG2_E
     whole = low
-    if not HAS_WINDOW:  # blocks that every row sees in full
+    if not HAS_WINDOW:  # all rows see these blocks in full
         whole += (first + 1 - low) // BLOCK_K * BLOCK_K
         for c in range(low, whole, BLOCK_K):
             largest, total, acc, acc_second = attend(
@@ -179,7 +180,7 @@ def differentiate(
     k_stride, v_stride, scale_log2, window, K: tl.constexpr, K_FIRST: tl.constexpr, K_SECOND: tl.constexpr,
     V: tl.constexpr, V_FIRST: tl.constexpr, V_SECOND: tl.constexpr, MASKED: tl.constexpr, HAS_WINDOW: tl.constexpr,
 ):  # fmt: skip
-    """dq / scale of one more block of columns; lse is in powers of two."""
+    """Add a block of columns to dq / scale; lse is in powers of two."""
     key = key_rows(column, start, shift, high)
     k, k_second = load_parts(k_ptr, key * k_stride, K, K_FIRST, K_SECOND)
     v, v_second = load_parts(v_ptr, key * v_stride, V, V_FIRST, V_SECOND)
@@ -198,7 +199,7 @@ def attention_dq_kernel(
     V: tl.constexpr, V_FIRST: tl.constexpr, V_SECOND: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, HAS_WINDOW: tl.constexpr,
 ):  # fmt: skip
-    """dq [T, H, K] of one tile of queries, and delta [H, T] = sum(do o) - dlse, which dK and dV need too."""
+    """dq [T, H, K] of one tile of queries, and delta [H, T] = sum(do o) - dlse for dK and dV."""
     head = tl.program_id(0) % H
     first, end, start, low, high, shift = tile_of_queries(tiles_ptr, tl.program_id(0) // H, window, BLOCK_Q, HAS_WINDOW)
     k_ptr += start.to(tl.int64) * k_stride + (head // R).to(tl.int64) * k_head
@@ -252,7 +253,7 @@ def attention_dkv_kernel(
     V: tl.constexpr, V_FIRST: tl.constexpr, V_SECOND: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, HAS_WINDOW: tl.constexpr,
 ):  # fmt: skip
-    """dk [T, J, K] and dv [T, J, V] of one tile of keys, or its part in slots [slots, J, BLOCK_K, K or V], in fp32."""
+    """dk [T, J, K] and dv [T, J, V] of one tile of keys, or partial sums in slots [Z, J, BLOCK_K, K or V] of fp32."""
     J = H // R
     key_head = tl.program_id(0) % J
     item_ptr = items_ptr + tl.program_id(0) // J * 5
@@ -290,7 +291,7 @@ def attention_dkv_kernel(
         at = head.to(tl.int64) * T + long_row
         lse = tl.where(row < end_query, tl.load(lse_ptr + at + offset) * _LOG2_E, float("inf"))
         p = tl.exp2(product(k, k_second, q, q_second, K_SECOND) * scale_log2 - lse[None, :])  # [keys, queries]
-        # A prompt lies before its responses, so that the order of rows is the order of every path.
+        # A prompt lies before its responses: on every path, the order of columns is that of rows.
         visible = (key - first_row)[:, None] <= tl.arange(0, BLOCK_Q)[None, :]
         if HAS_WINDOW:
             position = tl.load(position_ptr + long_row + offset).to(tl.int32)
@@ -316,7 +317,7 @@ def attention_dkv_kernel(
 
 @_jit
 def add_slots_kernel(slots_ptr, out_ptr, sums_ptr, J, WIDTH: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK: tl.constexpr):
-    """One key head of one tile of out [T, J, WIDTH]: its slots [slots, J, BLOCK_K, WIDTH], in their order."""
+    """Add the slots [Z, J, BLOCK_K, WIDTH] of one tile and key head in their order, into out [T, J, WIDTH]."""
     part = tl.program_id(0) % tl.cdiv(BLOCK_K * WIDTH, BLOCK)
     tile = tl.program_id(0) // tl.cdiv(BLOCK_K * WIDTH, BLOCK)
     sum_ptr = sums_ptr + tile // J * 4
