@@ -93,6 +93,15 @@ def test_the_table_is_current(rows: list[Row]) -> None:
     assert not found, "\n".join([*found, "Write it anew: python -m triton_kernels.ledger"])
 
 
+def test_the_table_lists_every_variant() -> None:
+    """Compare names alone: nothing is compiled."""
+    found = ledger.collect(ledger.modules())
+    rows = [Row(module, variant, {}) for module, of_module in found.items() for variant in of_module]
+    table = ledger.TABLE.read_text(encoding="utf-8")
+    assert not (problems := ledger.stale(table, rows)), "\n".join(problems)
+    assert [line.removeprefix("## ") for line in table.splitlines() if line.startswith("## ")] == list(found)
+
+
 def test_no_kernel_is_forgotten() -> None:
     modules = ledger.modules()
     assert not (found := ledger.forgotten(modules, ledger.collect(modules))), "\n".join(found)
