@@ -21,7 +21,7 @@ CASES: list[tuple[list[int] | Groups, tuple[int, int], int | None]] = [
     (SEQUENCES, (2, 2), 40),
     ([(70, [33, 0, 33, 33, 33])], (2, 1), None),  # the same of a prompt
     ([(70, [65, 65])], (2, 2), 30),  # a window that ends in the prompt
-    ([(63, [64, 0])], (8, 1), 2**40),  # a window longer than any path, and than 32 bits
+    ([(63, [64, 0])], (4, 1), 2**40),  # a window longer than any path, and than 32 bits
     ([(1, [1])], (1, 1), None),
     ([1], (1, 1), 1),
     ([0], (2, 1), None),

@@ -157,7 +157,7 @@ def test_autocast_changes_nothing(dtype: torch.dtype, device: torch.device) -> N
     assert all(torch.equal(x, y) for x, y in zip(cast_reference, reference, strict=True))
 
 
-@pytest.mark.parametrize("window", [None, 2])
+@pytest.mark.parametrize("window", [pytest.param(None, marks=pytest.mark.no_interpret), 2])
 def test_compiled_without_a_graph_break(window: int | None, device: torch.device) -> None:
     """One graph serves layouts of all lengths; their work tables are made inside it."""
 
