@@ -63,14 +63,13 @@ class Tolerance:
     def later(self) -> Tolerance:
         """Bounds from the second optimizer step on.
 
-        Adam's first step is the gradient's sign, so that weights whose gradient is rounding alone have moved apart.
+        Adam's first step is the gradient's sign, so that weights whose gradient is rounding alone have moved apart, and
+        gradients with them.
         """
-        return replace(self, relative=LATER * self.relative, update=LATER * self.update)
+        return replace(self, relative=100 * self.relative, update=10 * self.update)
 
 
 TOLERANCES = {"fp32": Tolerance(1e-5, 1e-3, 1e-4), "bf16": Tolerance(3e-2, 0.3, 1e-2)}
-LATER = 10.0
-"""Ratio of the bounds after the first optimizer step to those of it."""
 
 
 @dataclass(frozen=True)

@@ -196,9 +196,10 @@ class Tampering(TrainableModel):
         if self.fault == "moments":
             for group in self.optimizer.param_groups:
                 group["betas"] = (group["betas"][0], 0.5)
+        norm = super().optimizer_step()
         if self.fault == "schedule":
             self.schedule.step(increment=1)
-        return super().optimizer_step()
+        return norm
 
 
 class Tampered(Witness, Tampering):
