@@ -1,4 +1,4 @@
-"""What every op file shares: offsets, the statistics record, and which implementation serves what.
+"""Segments, statistics and their record: what the ops share.
 
 T loss rows, S responses, P prompts (groups).
 """
@@ -14,9 +14,9 @@ from torch import Tensor
 INTERPRET = os.environ.get("TRITON_INTERPRET", "0") == "1"
 """Set before import: the Triton kernels serve CPU tensors through Triton's interpreter."""
 
-SUMS = ("tokens", "weight", "kl", "log_ratio", "ratio", "clipped_low", "clipped_high", "entropy")
-MAXIMA = ("ratio",)
-MINIMA = ("ratio",)
+SUMS: tuple[str, ...] = ("tokens", "weight", "kl", "log_ratio", "ratio", "clipped_low", "clipped_high", "entropy")
+MAXIMA: tuple[str, ...] = ("ratio",)
+MINIMA: tuple[str, ...] = ("ratio",)
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,12 @@ class LossStats:
     def from_packed(stats: Tensor) -> LossStats:
         """From one tensor [sums | maxima | minima], as the registered ops return it."""
         return LossStats(*stats.split([len(SUMS), len(MAXIMA), len(MINIMA)]))
+
+    def named(self) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
+        """(sums, maxima, minima) by name, each value a scalar: {"tokens": ..., "kl": ...}, {"ratio": ...}, ..."""
+        names_and_values = ((SUMS, self.sums), (MAXIMA, self.maxima), (MINIMA, self.minima))
+        sums, maxima, minima = (dict(zip(names, x.unbind(), strict=True)) for names, x in names_and_values)
+        return sums, maxima, minima
 
     @staticmethod
     def of(**sums: Tensor) -> LossStats:
@@ -60,28 +66,6 @@ class LossOutput:
 def at_least_fp32(x: Tensor) -> Tensor:
     """fp64 stays fp64 (the oracle's dtype); everything else computes in fp32."""
     return x if x.dtype == torch.float64 else x.float()
-
-
-def check_offsets(name: str, cu: Tensor, device: torch.device) -> None:
-    """Raise `ValueError` unless `cu` is a 1-D int32 tensor of offsets on `device`.
-
-    The values (first 0, non-decreasing, last the total) are checked on the CPU, where looking costs no
-    synchronisation; on a GPU they are the caller's promise.
-    """
-    if cu.dtype != torch.int32 or cu.dim() != 1 or cu.numel() == 0:
-        raise ValueError(f"{name} must be int32 offsets [n + 1]; got {cu.dtype} {tuple(cu.shape)}")
-    if cu.device != device:
-        raise ValueError(f"{name} must be on {device} like the other inputs; got {cu.device}")
-
-
-def check_offset_values(name: str, cu: Tensor, total: int) -> None:
-    """On the CPU, raise `ValueError` unless offsets start at 0, never decrease and end at `total`."""
-    if cu.device.type != "cpu" or torch.compiler.is_compiling() or isinstance(cu, torch._subclasses.FakeTensor):
-        return
-    if int(cu[0]) != 0 or int(cu[-1]) != total or bool((cu[1:] < cu[:-1]).any()):
-        raise ValueError(
-            f"{name} must start at 0, never decrease and end at {total}; got {cu.tolist()[:8]}...{int(cu[-1])}"
-        )
 
 
 def segment_ids(cu: Tensor, total: int) -> Tensor:

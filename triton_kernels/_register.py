@@ -52,10 +52,19 @@ DEFAULTS: dict[str, str] = {}
 
 
 def custom_op(
-    name: str, reference: Callable[..., Any], *, mutates: tuple[str, ...] = (), default: str = REFERENCE
+    name: str,
+    reference: Callable[..., Any],
+    *,
+    mutates: tuple[str, ...] = (),
+    schema: str | None = None,
+    default: str = REFERENCE,
 ) -> CustomOpDef:
-    """Register `reference` as `dsm::name`; `default` is what the table of implementations calls it."""
-    OPS[name], DEFAULTS[name] = torch.library.custom_op(f"dsm::{name}", reference, mutates_args=mutates), default
+    """Register `reference` as `dsm::name`; `default` is its name in the table of implementations.
+
+    schema: for arguments that the reference takes as `*objective`; None: inferred from its signature.
+    """
+    OPS[name] = torch.library.custom_op(f"dsm::{name}", reference, mutates_args=mutates, schema=schema)
+    DEFAULTS[name] = default
     return OPS[name]
 
 
@@ -99,6 +108,7 @@ def autograd_inside_op() -> Iterator[None]:
     """Let a reference differentiate by autograd inside an op, where the dispatcher has switched autograd off."""
     key = torch._C.DispatchKey
     with (
+        torch.inference_mode(False),
         torch._C._SetExcludeDispatchKeyGuard(key.AutogradFunctionality, False),
         torch._C._SetExcludeDispatchKeyGuard(key.ADInplaceOrView, False),
         torch.enable_grad(),

@@ -15,6 +15,7 @@ constexpr double kEps = 1e-6;
 
 struct MeanAndScale {
   double mean, scale;
+  bool flat;  // all rewards are equal
 };
 
 // Scale: 1 / (sample deviation + eps); 0 where all rewards are equal.
@@ -28,7 +29,7 @@ MeanAndScale mean_and_scale(const T* reward, int64_t n) {
   }
   const double mean = sum / std::max<int64_t>(n, 1);
   for (int64_t i = 0; i < n; ++i) squares += (reward[i] - mean) * (reward[i] - mean);
-  return {mean, flat ? 0 : 1 / (std::sqrt(squares / (n - 1)) + kEps)};
+  return {mean, flat ? 0 : 1 / (std::sqrt(squares / std::max<int64_t>(n - 1, 1)) + kEps), flat};
 }
 
 }  // namespace
@@ -50,7 +51,9 @@ at::Tensor group_advantage(const at::Tensor& reward_, const at::Tensor& group_cu
         if (scale == "none") factor = 1;
         if (scale == "loo") factor = double(n) / std::max<int64_t>(n - 1, 1);
         if (scale == "batch") factor = batch_scale;
-        for (int64_t i = cu[p]; i < cu[p + 1]; ++i) out[i] = n == 1 ? 0 : scalar_t((r[i] - group.mean) * factor);
+        for (int64_t i = cu[p]; i < cu[p + 1]; ++i) {
+          out[i] = scalar_t((group.flat ? 0 : r[i] - group.mean) * factor);
+        }
       }
     });
   });

@@ -45,12 +45,15 @@ struct Block {
     }
   }
 
-  // The surrogate and its derivative by the log ratio, which for cispo is that by the log-probability.
+  // The surrogate and its derivative by the log ratio, which for cispo is that by the log-probability. Comparisons are
+  // such that NaN, of which each is false, reaches both.
   void evaluate(const Objective& o, const T* sequence_log_ratio) {
     const T limit = T(kLogRatioLimit), low = T(1 - o.clip_low), high = T(1 + o.clip_high);
     const T delta = T(o.delta), dual_clip = T(o.dual_clip);
     T x[kBlock];
-    for (int64_t i = 0; i < n; ++i) x[i] = sequence_log_ratio ? *sequence_log_ratio : log_ratio[i];
+    for (int64_t i = 0; i < n; ++i) {
+      x[i] = sequence_log_ratio && weight[i] != 0 ? *sequence_log_ratio : log_ratio[i];  // 0 in an absent row
+    }
     for (int64_t i = 0; i < n; ++i) {
       ratio[i] = bounded_exp(clamp(x[i], -limit, limit));
       slope[i] = clamp(ratio[i], low, high) * advantage[i];
@@ -60,10 +63,10 @@ struct Block {
     for (int64_t i = 0; i < n; ++i) {
       const T r = ratio[i], a = advantage[i], clipped = slope[i];
       const T unclipped = (r > delta ? delta : r) * a;
-      const T bounded = unclipped <= clipped ? unclipped : clipped;
-      T moving = unclipped <= clipped ? r * a : T(0);
-      moving = r <= delta ? moving : T(0);
-      moving = std::abs(x[i]) <= limit ? moving : T(0);
+      const T bounded = unclipped > clipped ? clipped : unclipped;
+      T moving = unclipped > clipped ? T(0) : r * a;
+      moving = r > delta ? T(0) : moving;
+      moving = std::abs(x[i]) > limit ? T(0) : moving;
       const T floor = dual_clip * (a < 0 ? a : T(-1));  // not infinity * 0
       const T floored = a < 0 ? floor : bounded;
       surrogate[i] = bounded < floored ? floored : bounded;
@@ -89,6 +92,10 @@ struct Partial {
     min_ratio = std::min(min_ratio, other.min_ratio);
   }
 
+  // NaN, which maxima and minima skip, is in the sum: a ratio is never infinite.
+  double largest() const { return std::isnan(sums[kRatio]) ? sums[kRatio] : max_ratio; }
+  double smallest() const { return std::isnan(sums[kRatio]) ? sums[kRatio] : min_ratio; }
+
   template <typename T>
   void add(const Block<T>& block, const Objective& o) {
     const T low = T(1 - o.clip_low), high = T(1 + o.clip_high), kl_coef = T(o.kl_coef);
@@ -103,8 +110,9 @@ struct Partial {
       p.sums[kKL] += block.kl[i];
       p.sums[kLogRatio] -= block.log_ratio[i];
       p.sums[kRatio] += present ? ratio : T(0);
-      p.sums[kClippedLow] += (ratio < low) & (advantage < 0);
-      p.sums[kClippedHigh] += (ratio > high) & (advantage > 0);
+      const T product = ratio * advantage, unknown = product == product ? T(0) : product;
+      p.sums[kClippedLow] += T((ratio < low) & (advantage < 0)) + unknown;
+      p.sums[kClippedHigh] += T((ratio > high) & (advantage > 0)) + unknown;
       p.max_ratio = std::max<double>(p.max_ratio, present ? ratio : -std::numeric_limits<T>::infinity());
       p.min_ratio = std::min<double>(p.min_ratio, present ? ratio : std::numeric_limits<T>::infinity());
     }
@@ -182,23 +190,23 @@ LossGradientStats policy_loss(const at::Tensor& logprob_, const std::optional<at
   Partial total;
   for (const Partial& partial : partials) total.add(partial);
   std::vector<double> stats(total.sums.begin(), total.sums.end());
-  stats.push_back(total.max_ratio);
-  stats.push_back(total.min_ratio);
+  stats.push_back(total.largest());
+  stats.push_back(total.smallest());
   return {at::scalar_tensor(total.loss, logprob.options()), dlogprob, at::tensor(stats, logprob.options())};
 }
 
 namespace {
 
-LossGradientStats grpo_loss(const at::Tensor& logprob, const std::optional<at::Tensor>& old,
-                            const std::optional<at::Tensor>& ref, const at::Tensor& advantage, const at::Tensor& weight,
-                            const at::Tensor& response_cu, double clip_low, double clip_high, double kl_coef,
-                            std::string_view kl, std::string_view ratio, std::string_view surrogate,
-                            std::optional<double> dual_clip, std::optional<double> delta) {
-  const Objective objective(clip_low, clip_high, kl_coef, kl, ratio, surrogate, dual_clip, delta);
-  return policy_loss(logprob, old, ref, advantage, weight, response_cu, objective, false);
-}
+template <typename... Field>
+struct GrpoLoss {
+  static LossGradientStats run(const at::Tensor& logprob, const std::optional<at::Tensor>& old,
+                               const std::optional<at::Tensor>& ref, const at::Tensor& advantage,
+                               const at::Tensor& weight, const at::Tensor& response_cu, Field... field) {
+    return policy_loss(logprob, old, ref, advantage, weight, response_cu, Objective(field...), false);
+  }
+};
 
 }  // namespace
 }  // namespace dsm
 
-TORCH_LIBRARY_IMPL(dsm, CPU, m) { m.impl("grpo_loss", &dsm::grpo_loss); }
+TORCH_LIBRARY_IMPL(dsm, CPU, m) { m.impl("grpo_loss", &dsm::ForObjective<dsm::GrpoLoss>::run); }

@@ -75,12 +75,12 @@ void kl_and_slope(const T* d, int64_t n, KL kl, T* value, T* slope) {
     for (int64_t i = 0; i < n; ++i) {
       const T c = clamp(d[i], -limit, limit);
       value[i] = k3(c);
-      slope[i] = std::abs(d[i]) <= limit ? c - value[i] : T(0);
+      slope[i] = std::abs(d[i]) > limit ? T(0) : c - value[i];
     }
   } else if (kl == KL::k2) {
     for (int64_t i = 0; i < n; ++i) value[i] = d[i] * d[i] / 2;
   } else {
-    for (int64_t i = 0; i < n; ++i) value[i] = d[i], slope[i] = 1;
+    for (int64_t i = 0; i < n; ++i) value[i] = d[i], slope[i] = d[i] == d[i] ? T(1) : d[i];
   }
   if (kl == KL::k2 || kl == KL::k1_plus || kl == KL::k3_plus) {
     for (int64_t i = 0; i < n; ++i) slope[i] = d[i];

@@ -20,9 +20,9 @@ from torch.autograd.function import once_differentiable
 from torch.distributed import ProcessGroup
 
 from triton_kernels._register import REFERENCE, custom_op, implementation
+from triton_kernels.head.arguments import autocast, check_head, check_softmax, checked_workspace, gather, split
 from triton_kernels.head.gemm import accumulate, chunk_rows, operand, padded, product, result_dtype
 from triton_kernels.head.kl_logits import kl_gradient, kl_stats, merge_kl
-from triton_kernels.head.linear_logprob import gather, split
 from triton_kernels.head.logits import narrowed
 
 
@@ -60,41 +60,29 @@ def linear_kl(
     states, gets the same KL to the bit, and must give the same upstream gradients. The gradients of the hidden states
     are summed over the ranks, in fp32, or with `reduce_dx=False` left as this shard's part of the sum.
 
-    Raises `ValueError` for shapes, dtypes, temperature, softcap or workspace that do not fit, and on every rank where
-    the ranks differ in the number of rows.
+    Under torch.autocast hidden states and weights are converted as torch.mm's operands would be.
+
+    Raises `ValueError` for shapes, dtypes, devices, temperature, softcap or workspace that do not fit, and on every
+    rank where the ranks differ in the number of rows.
     """
-    _check(hidden_TD, weight_VD, bias_V, "")
-    _check(ref_hidden_TE, ref_weight_VE, ref_bias_V, "ref_")
+    hidden_TD, weight_VD, ref_hidden_TE, ref_weight_VE = autocast(hidden_TD, weight_VD, ref_hidden_TE, ref_weight_VE)
+    check_head(hidden_TD, weight_VD, bias_V)
+    check_head(ref_hidden_TE, ref_weight_VE, ref_bias_V, "ref_")
     _check_pair(hidden_TD, weight_VD, ref_hidden_TE, ref_weight_VE)
-    if workspace_bytes is None:
-        workspace_bytes = 2**26 if hidden_TD.device.type == "cpu" else 2**31
+    check_softmax(temperature, softcap, ref_softcap)
+    workspace_bytes = checked_workspace(workspace_bytes, hidden_TD.device)
     settings = (float(temperature), softcap, ref_softcap, workspace_bytes)
-    names = ("temperature", "softcap", "ref_softcap", "workspace_bytes")
-    for name, value in zip(names, settings, strict=True):
-        if value is not None and not value > 0:
-            raise ValueError(f"{name} must be above 0; got {value}")
     group, _ = split(hidden_TD, weight_VD, tp_group)
     heads = (hidden_TD, weight_VD, bias_V, ref_hidden_TE, ref_weight_VE, ref_bias_V)
     return _LinearKL.apply(*heads, group, reduce_dx, settings)
-
-
-def _check(hidden_TD: Tensor, weight_VD: Tensor, bias_V: Tensor | None, ref: str) -> None:
-    names = f"{ref}hidden_T{'E' if ref else 'D'}", f"{ref}weight_V{'E' if ref else 'D'}"
-    if hidden_TD.dim() != 2 or weight_VD.dim() != 2 or hidden_TD.shape[1] != weight_VD.shape[1]:
-        raise ValueError(
-            f"{names[0]} and {names[1]} must be matrices with rows of one length; got {tuple(hidden_TD.shape)}, "
-            f"{tuple(weight_VD.shape)}"
-        )
-    if hidden_TD.dtype != weight_VD.dtype:
-        raise ValueError(f"{names[0]} and {names[1]} must share a dtype; got {hidden_TD.dtype} and {weight_VD.dtype}")
-    if bias_V is not None and bias_V.shape != weight_VD.shape[:1]:
-        raise ValueError(f"{ref}bias_V must have the shape [{len(weight_VD)}]; got {tuple(bias_V.shape)}")
 
 
 def _check_pair(hidden_TD: Tensor, weight_VD: Tensor, ref_hidden_TE: Tensor, ref_weight_VE: Tensor) -> None:
     for what, x, ref_x in (("rows", hidden_TD, ref_hidden_TE), ("vocabulary", weight_VD, ref_weight_VE)):
         if len(x) != len(ref_x):
             raise ValueError(f"both heads must have the same {what}; got {len(x)} and {len(ref_x)}")
+    if hidden_TD.device != ref_hidden_TE.device:
+        raise ValueError(f"both heads must be on one device; got {hidden_TD.device} and {ref_hidden_TE.device}")
     if result_dtype(hidden_TD) != result_dtype(ref_hidden_TE):
         raise ValueError(
             f"fp64 goes with fp64 alone: give both heads in it or neither; got {hidden_TD.dtype} and "
@@ -120,7 +108,7 @@ class _LinearKL(torch.autograd.Function):
     ) -> Tensor:
         heads = (hidden_TD, weight_VD, bias_V, ref_hidden_TE, ref_weight_VE, ref_bias_V)
         stats_5T = linear_kl_fwd(*heads, *settings)
-        kl_T, rows_5T = merge_kl(stats_5T[None] if group is None else gather(stats_5T, group))
+        kl_T, rows_5T = merge_kl(gather(stats_5T, group))
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*heads, rows_5T)
         ctx.group, ctx.reduce_dx, ctx.settings = group, reduce_dx, settings

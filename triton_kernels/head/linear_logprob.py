@@ -20,7 +20,17 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.distributed import ProcessGroup
 
+from triton_kernels._checks import IDS, check_tensor
 from triton_kernels._register import custom_op, register_triton
+from triton_kernels.head.arguments import (
+    autocast,
+    check_head,
+    check_range,
+    check_softmax,
+    checked_workspace,
+    gather,
+    split,
+)
 from triton_kernels.head.gemm import accumulate, chunk_rows, operand, padded, product, result_dtype
 from triton_kernels.head.logits import logit_gradient, logit_stats, logits_alive, merge, narrowed
 from triton_kernels.head.scoring import launch_scoring
@@ -58,80 +68,22 @@ def linear_logprob(
     hidden states and targets, gets the same result to the bit, and must give the same upstream gradients. The hidden
     states' gradient is summed over the ranks, in fp32, or with `reduce_dx=False` left as this shard's part of the sum.
 
-    Raises `ValueError` for shapes, dtypes, targets, temperature or softcap that do not fit, and on every rank where the
-    ranks differ in the number of rows.
+    Under torch.autocast hidden states and weight are converted as torch.mm's operands would be.
+
+    Raises `ValueError` for shapes, dtypes, devices, targets, temperature or softcap that do not fit, and on every rank
+    where the ranks differ in the number of rows.
     """
-    workspace_bytes = checked_workspace(hidden_TD, weight_VD, target_T, temperature, softcap, bias_V, workspace_bytes)
+    hidden_TD, weight_VD = autocast(hidden_TD, weight_VD)
+    check_head(hidden_TD, weight_VD, bias_V)
+    check_softmax(temperature, softcap)
+    check_tensor("target_T", target_T, (len(hidden_TD),), like=hidden_TD, dtypes=IDS)
+    settings = (float(temperature), softcap, checked_workspace(workspace_bytes, hidden_TD.device))
     group, shards = split(hidden_TD, weight_VD, tp_group)
     check_range(target_T, sum(shards))
     start = sum(shards[: group.rank()]) if group is not None else 0
-    settings = (float(temperature), softcap, workspace_bytes)
     return LinearLogprob(
         *_LinearLogprob.apply(hidden_TD, weight_VD, target_T - start, bias_V, group, reduce_dx, settings)
     )
-
-
-def checked_workspace(
-    hidden_TD: Tensor,
-    weight_VD: Tensor,
-    target_T: Tensor,
-    temperature: float,
-    softcap: float | None,
-    bias_V: Tensor | None,
-    workspace_bytes: int | None,
-) -> int:
-    """The workspace in bytes. Raises `ValueError` for arguments that do not fit."""
-    if hidden_TD.dim() != 2 or weight_VD.dim() != 2 or hidden_TD.shape[1] != weight_VD.shape[1]:
-        raise ValueError(
-            f"hidden_TD [T, D] and weight_VD [V, D] must share D; got {tuple(hidden_TD.shape)}, "
-            f"{tuple(weight_VD.shape)}"
-        )
-    if hidden_TD.dtype != weight_VD.dtype:
-        raise ValueError(f"hidden_TD and weight_VD must share a dtype; got {hidden_TD.dtype} and {weight_VD.dtype}")
-    if target_T.shape != hidden_TD.shape[:1] or target_T.dtype not in (torch.int32, torch.int64):
-        raise ValueError(
-            f"target_T must be int32 or int64 [{len(hidden_TD)}], one token id per row; "
-            f"got {target_T.dtype} {tuple(target_T.shape)}"
-        )
-    V = weight_VD.shape[0]
-    if bias_V is not None and bias_V.shape != (V,):
-        raise ValueError(f"bias_V must have the shape [{V}]; got {tuple(bias_V.shape)}")
-    if workspace_bytes is None:
-        workspace_bytes = 2**26 if hidden_TD.device.type == "cpu" else 2**31
-    for name, value in (("temperature", temperature), ("softcap", softcap), ("workspace_bytes", workspace_bytes)):
-        if value is not None and not value > 0:
-            raise ValueError(f"{name} must be above 0; got {value}")
-    return workspace_bytes
-
-
-def check_range(target_T: Tensor, V: int) -> None:
-    look = target_T.device.type == "cpu" and not isinstance(target_T, torch._subclasses.FakeTensor)
-    if look and target_T.numel() and not torch.compiler.is_compiling():
-        low, high = int(target_T.min()), int(target_T.max())
-        if low < 0 or high >= V:
-            raise ValueError(f"target_T must lie in 0..{V - 1}; got {low if low < 0 else high}")
-
-
-def split(hidden_TD: Tensor, weight_VD: Tensor, tp_group: ProcessGroup | None) -> tuple[ProcessGroup | None, list[int]]:
-    """The ranks that split the vocabulary, or None for one, and how many tokens each holds, in rank order.
-
-    Synchronises with the device where there are several. Ranks that differ in the number of rows stop here, before the
-    exchange that would hang or mix rows up.
-    """
-    if tp_group is None or tp_group.size() == 1:
-        return None, [len(weight_VD)]
-    sizes = torch.tensor([len(hidden_TD), len(weight_VD)], device=hidden_TD.device)
-    rows, shards = gather(sizes, tp_group).T.tolist()
-    if len(set(rows)) > 1:
-        raise ValueError(f"every rank of tp_group must give the same rows; got {rows} rows, in rank order")
-    return tp_group, shards
-
-
-def gather(x: Tensor, group: ProcessGroup) -> Tensor:
-    """`x` of every rank, in rank order: [R, *x.shape]."""
-    gathered = x.new_empty(group.size(), *x.shape)
-    dist.all_gather(list(gathered), x.contiguous(), group=group)
-    return gathered
 
 
 class _LinearLogprob(torch.autograd.Function):
@@ -149,8 +101,7 @@ class _LinearLogprob(torch.autograd.Function):
         settings: tuple[float, float | None, int],
     ) -> tuple[Tensor, Tensor]:
         stats_4T = linear_logprob_fwd(hidden_TD, weight_VD, local_target_T, bias_V, *settings)
-        stats_R4T = stats_4T[None] if group is None else gather(stats_4T, group)
-        logprob_T, entropy_T, max_T, log_sum_T = merge(stats_R4T)
+        logprob_T, entropy_T, max_T, log_sum_T = merge(gather(stats_4T, group))
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(hidden_TD, weight_VD, local_target_T, bias_V, entropy_T, max_T, log_sum_T)
         ctx.group, ctx.reduce_dx, ctx.settings = group, reduce_dx, settings
@@ -159,9 +110,10 @@ class _LinearLogprob(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_logprob_T: Tensor | None, grad_entropy_T: Tensor | None) -> tuple[Any, ...]:
-        hidden_TD, weight_VD, _, bias_V, *_ = ctx.saved_tensors
+        saved = ctx.saved_tensors  # once: each reading unpacks anew, which activation checkpointing refuses
+        hidden_TD, weight_VD, _, bias_V, *_ = saved
         needs = [ctx.needs_input_grad[i] for i in (0, 1, 3)]
-        gradients = linear_logprob_bwd(grad_logprob_T, grad_entropy_T, *ctx.saved_tensors, *ctx.settings, needs)
+        gradients = linear_logprob_bwd(grad_logprob_T, grad_entropy_T, *saved, *ctx.settings, needs)
         if ctx.group is not None and ctx.reduce_dx and needs[0]:
             dist.all_reduce(gradients[0], group=ctx.group)
         dhidden_TD, dweight_VD, dbias_V = (
@@ -180,7 +132,10 @@ def linear_logprob_fwd_chunked(
     softcap: float | None,
     workspace_bytes: int,
 ) -> Tensor:
-    """Of this shard, [4, T]: max of s, sum exp(s - max), s[target], sum exp(s - max) (s - max); see `logit_stats`."""
+    """This shard's statistics [4, T]: max of s, sum exp(s - max), s[target], sum exp(s - max) (s - max).
+
+    See `logit_stats_reference`.
+    """
     stats_4T, weight_VD = stats_like(hidden_TD), operand(weight_VD)
     for rows, logits_CV in chunks(hidden_TD, weight_VD, workspace_bytes):
         product(operand(hidden_TD[rows]), weight_VD.T, out=logits_CV)

@@ -1,11 +1,12 @@
 """The policy loss on the logits of a chunk of rows, and its gradient over them: `differentiate`, and as one kernel.
 
-C rows of a chunk, V vocabulary or this rank's shard of it, S responses, N statistics (`LossStats`).
+T loss rows, C rows of a chunk, V vocabulary or this rank's shard of it, S responses, N statistics (`LossStats`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -14,59 +15,107 @@ from torch import Tensor
 from triton_kernels._common import SUMS
 from triton_kernels._register import Variant, custom_op, register_triton
 from triton_kernels._triton import tl, triton
-from triton_kernels.head.logit_kernels import (
-    BLOCK_V,
-    LOGIT_OPTIONS,
-    row_statistics,
-    write_row_gradient,
-)
+from triton_kernels.head.logit_kernels import BLOCK_V, LOGIT_OPTIONS, row_statistics, write_row_gradient
 from triton_kernels.head.logits import logit_gradient, logit_stats, merge
 from triton_kernels.policy.grpo_loss import grpo_loss_op
-from triton_kernels.policy.objective import LOG_RATIO_LIMIT
-from triton_kernels.policy.policy_kernels import NUM_STATS, ObjectiveArguments, reduce_partials, surrogate_and_slope
+from triton_kernels.policy.objective import LOG_RATIO_LIMIT, OBJECTIVE_SCHEMA, Objective, objective_arguments
+from triton_kernels.policy.policy_kernels import (
+    NUM_STATS,
+    is_clipped,
+    kernel_scalars,
+    reduce_partials,
+    surrogate_and_slope,
+)
 from triton_kernels.policy.token_kl import clamp, kl_and_slope
 
-PolicyRows = tuple[Tensor | None, Tensor | None, Tensor, Tensor]
-"""Of each row: old and reference log-probability, advantage, weight."""
+_LIMIT = tl.constexpr(LOG_RATIO_LIMIT)
+
 Differentiated = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 """loss, stats_N, logprob_C, entropy_C (both 0 where the weight is), and moves_C: rows whose gradient is not 0."""
-_LIMIT = tl.constexpr(LOG_RATIO_LIMIT)
+
+
+@dataclass(frozen=True)
+class PolicyRows:
+    """What the objective takes of each row beside its log-probability."""
+
+    target_T: Tensor
+    old_logprob_T: Tensor | None
+    ref_logprob_T: Tensor | None
+    rollout_logprob_T: Tensor | None
+    advantage_T: Tensor
+    weight_T: Tensor
+
+    def take(self, rows: slice | Tensor) -> PolicyRows:
+        """Some of the rows."""
+        return replace(self, **{f.name: x_T[rows] for f in fields(self) if (x_T := getattr(self, f.name)) is not None})
+
+    def advantages(self, logprob_T: Tensor, objective: Objective) -> Tensor:
+        """Advantage times the truncated importance weight of trainer over rollout engine, where one is asked for."""
+        if objective.tis_clip is None or self.rollout_logprob_T is None:
+            return self.advantage_T
+        old_T = logprob_T if self.old_logprob_T is None else self.old_logprob_T
+        return self.advantage_T * torch.exp(old_T - self.rollout_logprob_T).clamp(max=objective.tis_clip)
+
+
+@dataclass(frozen=True)
+class PolicySlopes:
+    """Loss, statistics, and the loss's derivatives by a row's log-probability and entropy (None without a bonus).
+
+    logprob_T and entropy_T are 0 in absent rows.
+    """
+
+    loss: Tensor
+    stats_N: Tensor
+    logprob_T: Tensor
+    entropy_T: Tensor
+    by_logprob_T: Tensor
+    by_entropy_T: Tensor | None
+
+
+def policy_slopes(
+    logprob_T: Tensor, entropy_T: Tensor, rows: PolicyRows, response_cu: Tensor, objective: Objective
+) -> PolicySlopes:
+    """The objective on log-probabilities and entropies; absent rows may hold anything."""
+    present_T = rows.weight_T != 0
+    logprob_T, entropy_T = torch.where(present_T, logprob_T, 0), torch.where(present_T, entropy_T, 0)
+    advantage_T = rows.advantages(logprob_T, objective)
+    loss, g_T, stats_N = grpo_loss_op(
+        logprob_T,
+        rows.old_logprob_T,
+        rows.ref_logprob_T,
+        advantage_T,
+        rows.weight_T,
+        response_cu,
+        *objective_arguments(objective),
+    )
+    stats_N[SUMS.index("entropy")] = entropy_T.sum()
+    h_T = None
+    if objective.entropy_coef:
+        h_T = torch.where(present_T, rows.weight_T, 0).to(g_T.dtype) * -objective.entropy_coef
+        loss = loss + (h_T * entropy_T).sum()
+    return PolicySlopes(loss, stats_N, logprob_T, entropy_T, g_T, h_T)
 
 
 def differentiate(
     out_CV: Tensor,
     logits_CV: Tensor,
-    target_C: Tensor,
     bias_V: Tensor | None,
     rows: PolicyRows,
     response_cu: Tensor,
-    objective: ObjectiveArguments,
-    entropy_coef: float,
+    objective: Objective,
     temperature: float,
     softcap: float | None,
     gather: Callable[[Tensor], Tensor] = lambda stats_4C: stats_4C[None],
-    advantage: Callable[[Tensor], Tensor] | None = None,
 ) -> Differentiated:
-    """Statistics of the rows, merged over the shards that `gather` brings; the objective; its gradient to `out_CV`.
-
-    `advantage` gives the advantage where it depends on the log-probability.
-    """
-    old_C, ref_C, advantage_C, weight_C = rows
-    present_C = weight_C != 0
-    stats_4C = logit_stats(logits_CV, target_C, bias_V, temperature, softcap)
+    """Statistics of the rows, merged over the shards that `gather` brings; the objective; its gradient to `out_CV`."""
+    stats_4C = logit_stats(logits_CV, rows.target_T, bias_V, temperature, softcap)
     logprob_C, entropy_C, max_C, log_sum_C = merge(gather(stats_4C))
-    logprob_C = torch.where(present_C, logprob_C, 0)
-    advantage_C = advantage_C if advantage is None else advantage(logprob_C)
-    loss, g_C, stats_N = grpo_loss_op(logprob_C, old_C, ref_C, advantage_C, weight_C, response_cu, *objective)
-    seen_C, h_C = torch.where(present_C, entropy_C, 0), None
-    stats_N[SUMS.index("entropy")] = seen_C.sum()
-    moves_C = g_C != 0
-    if entropy_coef:
-        h_C = torch.where(present_C, weight_C, 0).to(g_C.dtype) * -entropy_coef
-        loss, moves_C = loss + (h_C * seen_C).sum(), moves_C | (h_C != 0)
+    policy = policy_slopes(logprob_C, entropy_C, rows, response_cu, objective)
+    g_C, h_C = policy.by_logprob_T, policy.by_entropy_T
     saved = (entropy_C, max_C, log_sum_C)
-    logit_gradient(out_CV, logits_CV, target_C, bias_V, g_C, h_C, *saved, temperature, softcap)
-    return loss, stats_N, logprob_C, seen_C, moves_C
+    logit_gradient(out_CV, logits_CV, rows.target_T, bias_V, g_C, h_C, *saved, temperature, softcap)
+    moves_C = g_C != 0 if h_C is None else (g_C != 0) | (h_C != 0)
+    return policy.loss, policy.stats_N, policy.logprob_T, policy.entropy_T, moves_C
 
 
 def policy_logits_composed(
@@ -79,24 +128,13 @@ def policy_logits_composed(
     advantage_C: Tensor,
     weight_C: Tensor,
     response_cu: Tensor,
-    clip_low: float,
-    clip_high: float,
-    kl_coef: float,
-    kl: str,
-    ratio: str,
-    surrogate: str,
-    dual_clip: float | None,
-    delta: float | None,
-    entropy_coef: float,
     temperature: float,
     softcap: float | None,
+    *objective: Any,
 ) -> Differentiated:
     """`differentiate` on the whole vocabulary."""
-    objective = (clip_low, clip_high, kl_coef, kl, ratio, surrogate, dual_clip, delta)
-    rows = (old_C, ref_C, advantage_C, weight_C)
-    return differentiate(
-        out_CV, logits_CV, target_C, bias_V, rows, response_cu, objective, entropy_coef, temperature, softcap
-    )
+    rows = PolicyRows(target_C, old_C, ref_C, None, advantage_C, weight_C)
+    return differentiate(out_CV, logits_CV, bias_V, rows, response_cu, Objective(*objective), temperature, softcap)
 
 
 @triton.jit
@@ -106,8 +144,10 @@ def policy_logits_kernel(
     ratio_low, ratio_high, kl_coef, dual_clip, delta, entropy_coef,
     HAS_SOFTCAP: tl.constexpr, KL: tl.constexpr, SURROGATE: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
-    """One program per row of a ratio per token: statistics, objective, gradient. Partial results [1 + N, C] as in
-    `response_loss`: the loss, then the statistics."""
+    """One program per row, for a ratio per token: statistics, objective, gradient.
+
+    Partial results [1 + N, C] as in `response_loss`: the loss, then the statistics.
+    """
     c = tl.program_id(0).to(tl.int64)
     row_ptr, target = logits_ptr + c * stride, tl.load(target_ptr + c).to(tl.int64)
     weight = tl.load(weight_ptr + c).to(tl.float32)
@@ -147,8 +187,9 @@ def policy_logits_kernel(
     tl.store(out + 3 * C, kl)
     tl.store(out + 4 * C, -log_ratio)
     tl.store(out + 5 * C, one * ratio)
-    tl.store(out + 6 * C, tl.where((ratio < ratio_low) & (advantage < 0), 1.0, 0.0))
-    tl.store(out + 7 * C, tl.where((ratio > ratio_high) & (advantage > 0), 1.0, 0.0))
+    low, high = is_clipped(ratio, advantage, ratio_low, ratio_high)
+    tl.store(out + 6 * C, low)
+    tl.store(out + 7 * C, high)
     tl.store(out + 8 * C, entropy)
     tl.store(out + 9 * C, tl.where(present, ratio, float("-inf")))
     tl.store(out + 10 * C, tl.where(present, ratio, float("inf")))
@@ -158,31 +199,46 @@ def policy_logits_kernel(
     )  # fmt: skip
 
 
-def _policy_logits_triton(out_CV: Tensor, logits_CV: Tensor, target_C: Tensor, *arguments: Any) -> Differentiated:
-    bias_V, old_C, ref_C, advantage_C, weight_C, _, *objective, entropy_coef, temperature, softcap = arguments
-    clip_low, clip_high, kl_coef, kl, ratio, surrogate, dual_clip, delta = objective
-    if logits_CV.dtype == torch.float64 or ratio == "sequence":
-        return policy_logits_composed(out_CV, logits_CV, target_C, *arguments)
+def _policy_logits_triton(
+    out_CV: Tensor,
+    logits_CV: Tensor,
+    target_C: Tensor,
+    bias_V: Tensor | None,
+    old_C: Tensor | None,
+    ref_C: Tensor | None,
+    advantage_C: Tensor,
+    weight_C: Tensor,
+    response_cu: Tensor,
+    temperature: float,
+    softcap: float | None,
+    *objective: Any,
+) -> Differentiated:
+    o, tensors = Objective(*objective), (target_C, bias_V, old_C, ref_C, advantage_C, weight_C)
+    if logits_CV.dtype == torch.float64 or o.ratio == "sequence":
+        return policy_logits_composed(out_CV, logits_CV, *tensors, response_cu, temperature, softcap, *objective)
     C, V = logits_CV.shape
     logprob_C, entropy_C = logits_CV.new_empty(C), logits_CV.new_empty(C)
     moves_C = torch.empty(C, dtype=torch.bool, device=logits_CV.device)
     partial_NC = logits_CV.new_empty(1 + NUM_STATS, C)
-    tensors = (target_C, bias_V, old_C, ref_C, advantage_C, weight_C)
-    # An infinite bound is off.
-    dual_clip, delta = (float("inf") if bound is None else bound for bound in (dual_clip, delta))
     if C:
         policy_logits_kernel[(C,)](
             out_CV, logits_CV, *(None if x is None else x.contiguous() for x in tensors),
             logprob_C, entropy_C, moves_C, partial_NC, C, V, out_CV.stride(0), logits_CV.stride(0),
-            softcap or 0.0, 1.0 / temperature, 1 - clip_low, 1 + clip_high, kl_coef, dual_clip, delta, entropy_coef,
-            HAS_SOFTCAP=softcap is not None, KL=kl, SURROGATE=surrogate, BLOCK_V=BLOCK_V, **LOGIT_OPTIONS,
+            softcap or 0.0, 1.0 / temperature, *kernel_scalars(o), o.entropy_coef,
+            HAS_SOFTCAP=softcap is not None, KL=o.kl, SURROGATE=o.surrogate, BLOCK_V=BLOCK_V, **LOGIT_OPTIONS,
         )  # fmt: skip
     loss, stats_N = reduce_partials(partial_NC)
     return loss, stats_N, logprob_C, entropy_C, moves_C
 
 
 policy_logits = custom_op(
-    "policy_logits", policy_logits_composed, mutates=("out_CV",), default="logit ops and grpo_loss"
+    "policy_logits",
+    policy_logits_composed,
+    mutates=("out_CV",),
+    schema="(Tensor(a!) out_CV, Tensor logits_CV, Tensor target_C, Tensor? bias_V, Tensor? old_C, Tensor? ref_C, "
+    "Tensor advantage_C, Tensor weight_C, Tensor response_cu, float temperature, float? softcap, "
+    f"{OBJECTIVE_SCHEMA}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    default="logit ops and grpo_loss",
 )
 policy_logits.register_fake(
     lambda _out, logits_CV, *_: (

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from triton_kernels._checks import NUMBERS, check_tensor
 from triton_kernels._common import LossOutput, LossStats, segment_ids
 from triton_kernels._register import Variant, custom_op, register_saved_gradient, register_triton
 from triton_kernels._triton import tl, triton
@@ -22,8 +23,8 @@ from triton_kernels.policy.group_advantage import (
     mean_and_scale,
     normalise,
 )
-from triton_kernels.policy.grpo_loss import check_loss_arguments, grpo_loss_reference, objective_arguments
-from triton_kernels.policy.objective import Objective
+from triton_kernels.policy.grpo_loss import check_loss_arguments, constants, grpo_loss_reference
+from triton_kernels.policy.objective import OBJECTIVE_SCHEMA, Objective, objective_arguments
 from triton_kernels.policy.policy_kernels import empty_loss, launch_policy_loss, policy_loss_variants, response_loss
 
 
@@ -45,14 +46,14 @@ def group_grpo_loss(
     """
     check_loss_arguments(logprob_T, old_logprob_T, ref_logprob_T, weight_T, response_cu, objective)
     check_group_arguments(reward_S, group_cu, scale)
-    if reward_S.numel() != response_cu.numel() - 1:
+    if len(reward_S) != len(response_cu) - 1:
         raise ValueError(
-            f"reward_S must have one reward per response of response_cu, {response_cu.numel() - 1}; "
-            f"got {reward_S.numel()}"
+            f"reward_S must have one reward per response of response_cu, {len(response_cu) - 1}; got {len(reward_S)}"
         )
-    arguments = objective_arguments(objective)
+    check_tensor("reward_S", reward_S, ("S",), like=logprob_T, dtypes=NUMBERS)
+    rows = (old_logprob_T, ref_logprob_T, reward_S, weight_T)
     loss, _, stats_N = _group_grpo_loss(
-        logprob_T, old_logprob_T, ref_logprob_T, reward_S.detach(), weight_T, response_cu, group_cu, *arguments, scale
+        logprob_T, *constants(*rows), response_cu, group_cu, scale, *objective_arguments(objective)
     )
     return LossOutput(loss, LossStats.from_packed(stats_N))
 
@@ -65,19 +66,11 @@ def group_grpo_loss_reference(
     weight_T: Tensor,
     response_cu: Tensor,
     group_cu: Tensor,
-    clip_low: float,
-    clip_high: float,
-    kl_coef: float,
-    kl: str,
-    ratio: str,
-    surrogate: str,
-    dual_clip: float | None,
-    delta: float | None,
     scale: str,
+    *objective: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(loss, dloss / dlogprob_T, stats_N) in plain PyTorch."""
     advantage_T = group_advantage_reference(reward_S, group_cu, scale)[segment_ids(response_cu, logprob_T.numel())]
-    objective = (clip_low, clip_high, kl_coef, kl, ratio, surrogate, dual_clip, delta)
     return grpo_loss_reference(logprob_T, old_logprob_T, ref_logprob_T, advantage_T, weight_T, response_cu, *objective)
 
 
@@ -109,11 +102,11 @@ def group_grpo_loss_kernel(
     p = group_of(group_cu_ptr, s, P)
     first_response = tl.load(group_cu_ptr + p).to(tl.int64)
     last_response = tl.load(group_cu_ptr + p + 1).to(tl.int64)
-    first, mean, scale = mean_and_scale(reward_ptr, first_response, last_response, BLOCK_S)
+    first, mean, flat, scale = mean_and_scale(reward_ptr, first_response, last_response, BLOCK_S)
     if batch_scale_ptr is not None:
         scale = tl.load(batch_scale_ptr)
     reward = tl.load(reward_ptr + s).to(tl.float32)
-    advantage = normalise(reward, first, mean, scale, last_response - first_response, SCALE)
+    advantage = normalise(reward, first, mean, flat, scale, last_response - first_response, SCALE)
     begin = tl.load(response_cu_ptr + s).to(tl.int64)
     end = tl.load(response_cu_ptr + s + 1).to(tl.int64)
     response_loss(
@@ -130,19 +123,24 @@ def _group_grpo_loss_triton(
     weight_T: Tensor,
     response_cu: Tensor,
     group_cu: Tensor,
-    *objective_and_scale: Any,
+    scale: str,
+    *objective: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
     if logprob_T.dtype == torch.float64:
         rows = (logprob_T, old_logprob_T, ref_logprob_T)
-        return group_grpo_loss_reference(*rows, reward_S, weight_T, response_cu, group_cu, *objective_and_scale)
-    *objective, scale = objective_and_scale
+        return group_grpo_loss_reference(*rows, reward_S, weight_T, response_cu, group_cu, scale, *objective)
     reward_S = reward_S.contiguous()
     tensors = (old_logprob_T, ref_logprob_T, reward_S, weight_T, group_cu, batch_scale_triton(reward_S, scale))
-    constants = {"P": group_cu.numel() - 1, "SCALE": scale, "BLOCK_S": BLOCK_S}
-    return launch_policy_loss(group_grpo_loss_kernel, logprob_T, tensors, response_cu, tuple(objective), **constants)
+    extra = {"P": group_cu.numel() - 1, "SCALE": scale, "BLOCK_S": BLOCK_S}
+    return launch_policy_loss(group_grpo_loss_kernel, logprob_T, tensors, response_cu, objective, **extra)
 
 
-_group_grpo_loss = custom_op("group_grpo_loss", group_grpo_loss_reference)
+_group_grpo_loss = custom_op(
+    "group_grpo_loss",
+    group_grpo_loss_reference,
+    schema="(Tensor logprob_T, Tensor? old_logprob_T, Tensor? ref_logprob_T, Tensor reward_S, Tensor weight_T, "
+    f"Tensor response_cu, Tensor group_cu, str scale, {OBJECTIVE_SCHEMA}) -> (Tensor, Tensor, Tensor)",
+)
 _group_grpo_loss.register_fake(lambda logprob_T, *_: empty_loss(logprob_T))
 register_triton(_group_grpo_loss, _group_grpo_loss_triton)
 register_saved_gradient(_group_grpo_loss)

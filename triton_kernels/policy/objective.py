@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+from triton_kernels._checks import check_choice, check_number
 
 KL = Literal["k1", "k2", "k3", "k1+", "k3+"]
 Ratio = Literal["token", "sequence"]
@@ -22,7 +24,7 @@ class Objective:
     """
 
     clip_low: float = 0.2
-    """The importance ratio is clipped below at 1 - clip_low."""
+    """The importance ratio is clipped below at 1 - clip_low; 1 is no bound."""
     clip_high: float = 0.2
     """The importance ratio is clipped above at 1 + clip_high."""
     kl_coef: float = 0.04
@@ -44,20 +46,41 @@ class Objective:
 
     def __post_init__(self) -> None:
         for name, choices in (("kl", KL), ("ratio", Ratio), ("surrogate", Surrogate)):
-            if getattr(self, name) not in get_args(choices):
-                raise ValueError(f"{name} must be one of {', '.join(get_args(choices))}; got {getattr(self, name)!r}")
-        for name in ("clip_low", "clip_high", "kl_coef"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"{name} must be at least 0; got {getattr(self, name)}")
-        for name in ("dual_clip", "delta"):
-            value = getattr(self, name)
-            if value is not None and not value > 1:
-                raise ValueError(f"{name} must be above 1, or None for off; got {value}")
-        if self.tis_clip is not None and not self.tis_clip > 0:
-            raise ValueError(f"tis_clip must be above 0, or None for off; got {self.tis_clip}")
+            check_choice(name, getattr(self, name), get_args(choices))
+        check_number("clip_low", self.clip_low, at_least=0, at_most=1)  # a ratio is never below 0
+        check_number("clip_high", self.clip_high, at_least=0)
+        check_number("kl_coef", self.kl_coef, at_least=0)
+        check_number("dual_clip", self.dual_clip, above=1, optional=True)
+        check_number("delta", self.delta, above=1, optional=True)
+        check_number("tis_clip", self.tis_clip, above=0, optional=True)
+        check_number("entropy_coef", self.entropy_coef)
         if self.delta is not None and self.delta <= 1 + self.clip_high:
             raise ValueError(f"delta must be above 1 + clip_high = {1 + self.clip_high}; got {self.delta}")
         if self.dual_clip is not None and self.delta is not None:
             raise ValueError("dual_clip and delta both bound large ratios; give one of them")
         if self.surrogate == "cispo" and (self.dual_clip is not None or self.delta is not None):
             raise ValueError("cispo has no dual_clip and no delta: its ratio is clipped already")
+
+
+def _schema_type(hint: Any) -> str:
+    """Type of a field in the schema of a registered op."""
+    if get_origin(hint) is Literal:
+        return "str"
+    return {float: "float", float | None: "float?"}[hint]
+
+
+_FIELDS = get_type_hints(Objective)
+OBJECTIVE_SCHEMA = ", ".join(f"{_schema_type(hint)} {name}" for name, hint in _FIELDS.items())
+"""The fields as arguments of a registered op, in their order. csrc/policy/policy_loss.h has the same types."""
+
+
+def objective_arguments(objective: Objective) -> tuple[Any, ...]:
+    """The fields as a registered op takes them; `Objective(*arguments)` is the way back."""
+    return tuple(getattr(objective, name) for name in _FIELDS)
+
+
+def check_objective(objective: object) -> None:
+    """Raise `ValueError` unless this is an `Objective`."""
+    if not isinstance(objective, Objective):
+        kind = type(objective).__name__
+        raise ValueError(f"objective must be an Objective; got {kind}: write Objective(kl_coef=0.0, ...)")

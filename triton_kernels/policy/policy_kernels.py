@@ -13,11 +13,8 @@ from torch import Tensor
 from triton_kernels._common import MAXIMA, MINIMA, SUMS
 from triton_kernels._register import Variant
 from triton_kernels._triton import LAUNCH_OPTIONS, tl, triton
-from triton_kernels.policy.objective import LOG_RATIO_LIMIT
+from triton_kernels.policy.objective import LOG_RATIO_LIMIT, Objective
 from triton_kernels.policy.token_kl import clamp, kl_and_slope
-
-ObjectiveArguments = tuple[float, float, float, str, str, str, float | None, float | None]
-"""clip_low, clip_high, kl_coef, kl, ratio, surrogate, dual_clip, delta."""
 
 NUM_STATS = len(SUMS) + len(MAXIMA) + len(MINIMA)
 BLOCK_T = 512
@@ -29,20 +26,33 @@ _LIMIT = tl.constexpr(LOG_RATIO_LIMIT)
 def surrogate_and_slope(
     log_ratio, ratio, advantage, logprob, ratio_low, ratio_high, dual_clip, delta, SURROGATE: tl.constexpr
 ):
-    """The surrogate of each row and its derivative by the log ratio; for cispo by the log-probability."""
+    """The surrogate of each row and its derivative by the log ratio; for cispo by the log-probability.
+
+    Comparisons are such that NaN, of which each is false, reaches both.
+    """
     clipped = clamp(ratio, ratio_low, ratio_high)
     if SURROGATE == "cispo":
         return clipped * advantage * logprob, clipped * advantage
     else:
         unclipped = tl.where(ratio > delta, delta, ratio) * advantage
-        inside = (tl.abs(log_ratio) <= _LIMIT) & (ratio <= delta)
-        active = unclipped <= clipped * advantage
-        surrogate = tl.where(active, unclipped, clipped * advantage)
-        slope = tl.where(active & inside, ratio * advantage, 0.0)
+        outside = (tl.abs(log_ratio) > _LIMIT) | (ratio > delta)
+        inactive = unclipped > clipped * advantage
+        surrogate = tl.where(inactive, clipped * advantage, unclipped)
+        slope = tl.where(inactive | outside, 0.0, ratio * advantage)
         # Not inf * 0 where dual_clip is off and the advantage is 0.
         floor = dual_clip * tl.where(advantage < 0, advantage, -1.0)
         floored = (advantage < 0) & (surrogate < floor)
         return tl.where(floored, floor, surrogate), tl.where(floored, 0.0, slope)
+
+
+@triton.jit
+def is_clipped(ratio, advantage, ratio_low, ratio_high):
+    """(1 where the ratio is clipped below, 1 where above), else 0; NaN where ratio or advantage is NaN."""
+    product = ratio * advantage
+    unknown = product != product
+    low = tl.where(unknown, product, tl.where((ratio < ratio_low) & (advantage < 0), 1.0, 0.0))
+    high = tl.where(unknown, product, tl.where((ratio > ratio_high) & (advantage > 0), 1.0, 0.0))
+    return low, high
 
 
 @triton.jit
@@ -145,22 +155,25 @@ def response_loss(
         tokens += tl.where(present, 1.0, 0.0)
         weights += weight
         ratios += tl.where(present, ratio, 0.0)
-        lows += tl.where((ratio < ratio_low) & (a < 0), 1.0, 0.0)
-        highs += tl.where((ratio > ratio_high) & (a > 0), 1.0, 0.0)
+        low, high = is_clipped(ratio, a, ratio_low, ratio_high)
+        lows += low
+        highs += high
         largest = tl.maximum(largest, tl.where(present, ratio, float("-inf")))
         smallest = tl.minimum(smallest, tl.where(present, ratio, float("inf")))
     out = partial_ptr + s
+    ratio_sum = tl.sum(ratios)
+    seen = ratio_sum == ratio_sum  # max and min skip NaN
     tl.store(out, tl.sum(loss))
     tl.store(out + S, tl.sum(tokens))
     tl.store(out + 2 * S, tl.sum(weights))
     tl.store(out + 3 * S, tl.sum(kls))
     tl.store(out + 4 * S, tl.sum(log_ratios))
-    tl.store(out + 5 * S, tl.sum(ratios))
+    tl.store(out + 5 * S, ratio_sum)
     tl.store(out + 6 * S, tl.sum(lows))
     tl.store(out + 7 * S, tl.sum(highs))
     tl.store(out + 8 * S, 0.0)
-    tl.store(out + 9 * S, tl.max(largest))
-    tl.store(out + 10 * S, tl.min(smallest))
+    tl.store(out + 9 * S, tl.where(seen, tl.max(largest), ratio_sum))
+    tl.store(out + 10 * S, tl.where(seen, tl.min(smallest), ratio_sum))
 
 
 @triton.jit
@@ -176,7 +189,9 @@ def reduce_partials_kernel(partial_ptr, loss_ptr, stats_ptr, S, BLOCK_S: tl.cons
         total += x
         largest = tl.maximum(largest, tl.where(s < S, x, float("-inf")))
         smallest = tl.minimum(smallest, tl.where(s < S, x, float("inf")))
-    result = tl.where(q == 9, tl.max(largest), tl.where(q == 10, tl.min(smallest), tl.sum(total)))
+    whole = tl.sum(total)  # NaN where any part is: a maximum is never inf, a minimum never -inf
+    result = tl.where(q == 9, tl.max(largest), tl.where(q == 10, tl.min(smallest), whole))
+    result = tl.where(whole == whole, result, whole)
     tl.store(loss_ptr, result, q == 0)
     tl.store(stats_ptr + q - 1, result, q > 0)
 
@@ -186,25 +201,29 @@ def launch_policy_loss(
     logprob_T: Tensor,
     tensors: tuple[Tensor | None, ...],
     response_cu: Tensor,
-    objective: ObjectiveArguments,
+    objective: tuple[Any, ...],
     **constants: object,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Run `kernel`, one program per response, and reduce its partial results; `tensors` precede the offsets."""
-    clip_low, clip_high, kl_coef, kl, ratio, surrogate, dual_clip, delta = objective
+    o = Objective(*objective)
     contiguous = (None if x is None else x.contiguous() for x in (logprob_T, *tensors, response_cu))
     S = response_cu.numel() - 1
     dlogprob_T = logprob_T.new_empty(logprob_T.shape, dtype=torch.float32)
     partial_NS = dlogprob_T.new_empty((1 + NUM_STATS, S))
-    # An infinite bound is off.
-    dual_clip, delta = (float("inf") if bound is None else bound for bound in (dual_clip, delta))
     if S:
         kernel[(S,)](
             *contiguous, dlogprob_T, partial_NS, S,
-            1 - clip_low, 1 + clip_high, kl_coef, dual_clip, delta,
-            KL=kl, RATIO=ratio, SURROGATE=surrogate, BLOCK_T=BLOCK_T, **constants, **LAUNCH_OPTIONS,
+            *kernel_scalars(o), KL=o.kl, RATIO=o.ratio, SURROGATE=o.surrogate, BLOCK_T=BLOCK_T,
+            **constants, **LAUNCH_OPTIONS,
         )  # fmt: skip
     loss, stats_N = reduce_partials(partial_NS)
     return loss, dlogprob_T, stats_N
+
+
+def kernel_scalars(o: Objective) -> tuple[float, ...]:
+    """ratio_low, ratio_high, kl_coef, dual_clip, delta; the last two are infinite where they are off."""
+    dual_clip, delta = (float("inf") if bound is None else bound for bound in (o.dual_clip, o.delta))
+    return 1 - o.clip_low, 1 + o.clip_high, o.kl_coef, dual_clip, delta
 
 
 def reduce_partials(partial_NS: Tensor) -> tuple[Tensor, Tensor]:

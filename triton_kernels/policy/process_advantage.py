@@ -11,7 +11,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from triton_kernels._common import check_offset_values, check_offsets, segment_ids
+from triton_kernels._checks import IDS, NUMBERS, check_offsets, check_tensor, readable
+from triton_kernels._common import segment_ids
 from triton_kernels._register import custom_op
 from triton_kernels.policy.group_advantage import group_advantage_reference
 
@@ -28,28 +29,19 @@ def process_advantage(
 
     Raises `ValueError` for shapes and dtypes that do not fit; on the CPU also for steps that end elsewhere.
     """
-    if step_reward_J.dim() != 1 or step_end_J.shape != step_reward_J.shape:
-        raise ValueError(
-            f"step_reward_J and step_end_J must be 1-D with one value per step; got {tuple(step_reward_J.shape)} and "
-            f"{tuple(step_end_J.shape)}"
-        )
-    if step_end_J.dtype not in (torch.int32, torch.int64) or step_end_J.device != step_reward_J.device:
-        raise ValueError(
-            f"step_end_J must be int32 or int64 on {step_reward_J.device}; got {step_end_J.dtype} on "
-            f"{step_end_J.device}"
-        )
-    for name, cu in (("step_cu", step_cu), ("response_cu", response_cu), ("group_cu", group_cu)):
-        check_offsets(name, cu, step_reward_J.device)
+    check_tensor("step_reward_J", step_reward_J, ("J",), dtypes=NUMBERS)
+    check_tensor("step_end_J", step_end_J, (len(step_reward_J),), like=step_reward_J, dtypes=IDS)
+    check_offsets("response_cu", response_cu, step_reward_J)
+    check_offsets("step_cu", step_cu, step_reward_J, total=len(step_reward_J))
     if step_cu.shape != response_cu.shape:
         raise ValueError(
-            f"step_cu and response_cu must have one offset per response, and one more; got {tuple(step_cu.shape)} and "
-            f"{tuple(response_cu.shape)}"
+            f"step_cu and response_cu must have one offset per response, and one more; got {list(step_cu.shape)} and "
+            f"{list(response_cu.shape)}"
         )
     T = int(response_cu[-1])
-    check_offset_values("step_cu", step_cu, step_reward_J.numel())
-    check_offset_values("response_cu", response_cu, T)
-    check_offset_values("group_cu", group_cu, response_cu.numel() - 1)
-    if step_end_J.device.type == "cpu":
+    check_offsets("response_cu", response_cu, step_reward_J, total=T)
+    check_offsets("group_cu", group_cu, step_reward_J, total=len(response_cu) - 1)
+    if readable(step_end_J):
         _check_ends(step_end_J, step_cu, response_cu)
     return process_advantage_op(step_reward_J.detach(), step_end_J, step_cu, response_cu, group_cu, T)
 

@@ -11,6 +11,7 @@ from typing import get_args
 import torch
 from torch import Tensor
 
+from triton_kernels._checks import check_choice, check_tensor
 from triton_kernels._common import at_least_fp32
 from triton_kernels._register import Variant, autograd_inside_op, custom_op, register_saved_gradient, register_triton
 from triton_kernels._triton import LAUNCH_OPTIONS, tl, triton
@@ -26,16 +27,18 @@ def token_kl(logprob_T: Tensor, ref_logprob_T: Tensor, estimator: KL = "k3") -> 
     is d: unlike that of k1 and k3 it is an unbiased gradient of the KL. k3 clamps d to +-20 before `exp`; beyond, its
     gradient is zero.
 
-    Raises `ValueError` for an unknown estimator and for shapes that differ.
+    Raises `ValueError` for an unknown estimator and for tensors that do not fit together.
     """
-    if estimator not in get_args(KL):
-        raise ValueError(f"estimator must be one of {', '.join(get_args(KL))}; got {estimator!r}")
-    if logprob_T.shape != ref_logprob_T.shape or logprob_T.dim() != 1:
-        raise ValueError(
-            f"logprob_T and ref_logprob_T must be 1-D and of one length; got {tuple(logprob_T.shape)} and "
-            f"{tuple(ref_logprob_T.shape)}"
-        )
-    return _token_kl(logprob_T, ref_logprob_T, estimator)[0]
+    check_choice("estimator", estimator, get_args(KL))
+    check_tensor("logprob_T", logprob_T, ("T",))
+    check_tensor("ref_logprob_T", ref_logprob_T, (len(logprob_T),), like=logprob_T)
+    return _token_kl(logprob_T, ref_logprob_T.detach(), estimator)[0]
+
+
+def clamped_log_ratio(x_T: Tensor) -> Tensor:
+    """`x_T` within +-20, with a gradient of 0 beyond; torch.clamp would give NaN a gradient of 0 too."""
+    x_T = torch.where(x_T > LOG_RATIO_LIMIT, LOG_RATIO_LIMIT, x_T)
+    return torch.where(x_T < -LOG_RATIO_LIMIT, -LOG_RATIO_LIMIT, x_T)
 
 
 def kl_estimate(d_T: Tensor, estimator: str) -> Tensor:
@@ -44,10 +47,10 @@ def kl_estimate(d_T: Tensor, estimator: str) -> Tensor:
     if estimator == "k2":
         return k2_T
     if estimator in ("k3", "k3+"):
-        clamped_T = d_T.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
+        clamped_T = clamped_log_ratio(d_T)
         value_T = torch.expm1(-clamped_T) + clamped_T
     else:
-        value_T = d_T
+        value_T = d_T * torch.where(d_T.isnan(), torch.nan, 1.0)  # a factor of 1, but that NaN reaches the gradient
     # Straight-through: k2 - k2.detach() is zero with the gradient of k2.
     return value_T.detach() + (k2_T - k2_T.detach()) if estimator.endswith("+") else value_T
 
@@ -80,13 +83,13 @@ def kl_and_slope(d, KL: tl.constexpr):
         series = 1 / 24 - c * (1 / 120 - c * series)
         series = c * c * (1 / 2 - c * (1 / 6 - c * series))
         kl = tl.where(tl.abs(c) < 0.5, series, tl.exp(-c) - 1 + c)
-        slope = tl.where(tl.abs(d) <= _LIMIT, c - kl, 0.0)
+        slope = tl.where(tl.abs(d) > _LIMIT, 0.0, c - kl)
     elif KL == "k2":
         kl = d * d / 2
         slope = d
     else:
         kl = d
-        slope = tl.full(d.shape, 1.0, tl.float32)
+        slope = tl.where(d == d, 1.0, d)  # NaN stays NaN
     if KL == "k1+" or KL == "k3+":
         slope = d
     return kl, slope

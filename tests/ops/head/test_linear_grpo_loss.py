@@ -15,7 +15,10 @@ from torch.utils.checkpoint import checkpoint
 
 from triton_kernels import LinearGrpoLoss, Objective, grpo_loss, linear_grpo_loss
 from triton_kernels._common import SUMS
-from triton_kernels.policy.grpo_loss import objective_arguments, policy_loss
+from triton_kernels.head.policy_gradient import Settings, loss_and_gradients
+from triton_kernels.head.policy_logits import PolicyRows
+from triton_kernels.policy.grpo_loss import policy_loss
+from triton_kernels.policy.objective import objective_arguments
 
 V, D = 97, 16
 LENGTHS = [5, 0, 40, 18]  # an empty response among others
@@ -148,9 +151,7 @@ def test_no_rows(device: torch.device) -> None:
     ("objective", "options", "message"),
     [
         (Objective(tis_clip=2.0), {}, "tis_clip=2.0 needs rollout_logprob_T"),
-        (Objective(), {"workspace_bytes": 0}, "workspace_bytes must be above 0; got 0"),
-        (Objective(), {"temperature": -1.0}, "temperature must be above 0; got -1.0"),
-        (Objective(tis_clip=2.0), {"rollout_logprob_T": torch.zeros(2)}, r"rollout_logprob_T must have .* got \(2,\)"),
+        (Objective(tis_clip=2.0), {"rollout_logprob_T": torch.zeros(2)}, r"rollout_logprob_T must have .* got \[2\]"),
     ],
 )
 def test_errors(objective: Objective, options: dict[str, Any], message: str) -> None:
@@ -221,20 +222,19 @@ def test_each_product_is_computed_once_and_none_in_the_backward_pass(
     wanted: tuple[bool, bool], products: int, device: torch.device
 ) -> None:
     inputs, target_T, rows = make(device)
+    settings = Settings(Objective(), 1.0, None, 2**26, drop_zero_rows=False, shards=[V])
+    of_rows = PolicyRows(target_T, rows.old_logprob_T, rows.ref_logprob_T, None, rows.advantage_T, rows.weight_T)
+    with Gemms() as gemms, torch.no_grad():  # from inside: a dispatch mode does not see into a registered op
+        loss_and_gradients(inputs[0], inputs[1], inputs[2], of_rows, rows.response_cu, settings, [*wanted, False])
+    assert len(gemms.rows) == products or (not any(wanted) and not gemms.rows)  # scoring is a registered op, too
     for x, want in zip(inputs, (*wanted, False), strict=True):
         x.requires_grad_(want)
-    if not any(wanted):
-        with Gemms() as gemms:
-            ours(inputs, target_T, rows, Objective())
-        assert len(gemms.rows) in (0, products)  # a registered op is seen from outside only
-        return
-    with Gemms() as gemms:
+    if any(wanted):
         output = ours(inputs, target_T, rows, Objective())
-    assert len(gemms.rows) == products
-    with Gemms() as gemms:
-        output.loss.backward()
-    assert gemms.rows == []
-    assert [x.grad is not None for x in inputs[:2]] == list(wanted)
+        with Gemms() as gemms:
+            output.loss.backward()
+        assert gemms.rows == []
+        assert [x.grad is not None for x in inputs[:2]] == list(wanted)
 
 
 def test_without_grad_mode_there_is_no_gradient_work(device: torch.device) -> None:

@@ -350,18 +350,6 @@ def test_opcheck(bias: bool, options: dict[str, Any], device: torch.device) -> N
         torch.library.opcheck(kl_gradient, (*logits, *wanted, heads[2], heads[5], kl_T, rows_5T, *settings))
 
 
-def test_compiles_without_a_graph_break(device: torch.device) -> None:
-    heads = make(5, V, device)
-
-    def loss(*heads: Tensor) -> Tensor:
-        return (fused(list(heads)) ** 2).sum()
-
-    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(compiled(*heads), loss(*heads))
-    for x, y in zip(*(torch.autograd.grad(f(*heads), heads) for f in (compiled, loss)), strict=True):
-        torch.testing.assert_close(x, y)
-
-
 @pytest.mark.parametrize("options", OPTIONS)
 def test_gradcheck(options: dict[str, Any], device: torch.device) -> None:
     heads = [x.detach()[:11, :4] if x.dim() > 1 else x.detach()[:11] for x in make(3, V, device, torch.float64)]
@@ -380,15 +368,11 @@ def test_same_bits_every_time(device: torch.device) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"temperature": 0.0}, "temperature must be above 0; got 0.0"),
-        ({"softcap": -1.0}, "softcap must be above 0; got -1.0"),
-        ({"ref_softcap": 0.0}, "ref_softcap must be above 0; got 0.0"),
-        ({"workspace_bytes": 0}, "workspace_bytes must be above 0; got 0"),
-        ({"bias_V": torch.zeros(3)}, r"^bias_V must have the shape \[5\]; got \(3,\)"),
-        ({"ref_bias_V": torch.zeros(3)}, r"ref_bias_V must have the shape \[5\]; got \(3,\)"),
-        ({"weight_VD": torch.zeros(5, 4)}, r"^hidden_TD and weight_VD must .* one length; got \(2, 3\), \(5, 4\)"),
-        ({"ref_hidden_TE": torch.zeros(2, 3)}, r"ref_hidden_TE and ref_weight_VE must .* got \(2, 3\), \(5, 4\)"),
-        ({"weight_VD": torch.zeros(5, 3).bfloat16()}, "hidden_TD and weight_VD must share a dtype"),
+        ({"ref_softcap": 0.0}, "ref_softcap must be a finite number above 0, or None for off; got 0.0"),
+        ({"bias_V": torch.zeros(3)}, r"^bias_V must have the shape \[5\]; got \[3\]"),
+        ({"ref_bias_V": torch.zeros(3)}, r"ref_bias_V must have the shape \[5\]; got \[3\]"),
+        ({"weight_VD": torch.zeros(5, 4)}, r"^weight_VD must have the shape \[V, 3\]; got \[5, 4\]"),
+        ({"ref_hidden_TE": torch.zeros(2, 3)}, r"ref_weight_VE must have the shape \[V, 3\]; got \[5, 4\]"),
         ({"ref_hidden_TE": torch.zeros(3, 4)}, "must have the same rows; got 2 and 3"),
         ({"ref_weight_VE": torch.zeros(6, 4)}, "must have the same vocabulary; got 5 and 6"),
         ({"hidden_TD": torch.zeros(2, 3).double(), "weight_VD": torch.zeros(5, 3).double()}, "fp64 goes with fp64"),

@@ -212,20 +212,6 @@ def test_opcheck(bias: bool, options: dict[str, Any], device: torch.device) -> N
         torch.library.opcheck(linear_logprob_bwd, (logprob_T, None, *tensors, *saved, *settings, needs))
 
 
-def test_compiles_without_a_graph_break(device: torch.device) -> None:
-    inputs, target_T = make(5, torch.float32, device)
-
-    def loss(hidden_TD: Tensor, weight_VD: Tensor, bias_V: Tensor) -> Tensor:
-        output = linear_logprob(hidden_TD, weight_VD, target_T, bias_V=bias_V)
-        return (output.logprob_T * output.entropy_T).sum()
-
-    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(compiled(*inputs), loss(*inputs))
-    pairs = zip(*(torch.autograd.grad(f(*inputs), inputs) for f in (compiled, loss)), strict=True)
-    for x, y in pairs:
-        torch.testing.assert_close(x, y)
-
-
 @pytest.mark.parametrize("options", OPTIONS)
 def test_pieces_of_the_vocabulary_merge_to_the_whole(options: dict[str, Any], device: torch.device) -> None:
     # One device plays all ranks: nothing, most, one token that the bias removes, nothing, the rest.
@@ -276,15 +262,11 @@ def test_same_bits_every_time(device: torch.device) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"temperature": 0.0}, "temperature must be above 0; got 0.0"),
-        ({"softcap": -1.0}, "softcap must be above 0; got -1.0"),
-        ({"bias_V": torch.zeros(3)}, r"bias_V must have the shape \[5\]; got \(3,\)"),
+        ({"bias_V": torch.zeros(3)}, r"bias_V must have the shape \[5\]; got \[3\]"),
         ({"target_T": torch.tensor([0, 5])}, r"target_T must lie in 0..4; got 5"),
         ({"target_T": torch.tensor([-1, 0])}, r"target_T must lie in 0..4; got -1"),
-        ({"target_T": torch.tensor([1])}, "one token id per row"),
-        ({"target_T": torch.tensor([0.0, 1.0])}, "int32 or int64"),
-        ({"weight_VD": torch.zeros(5, 4)}, r"must share D; got \(2, 3\), \(5, 4\)"),
-        ({"weight_VD": torch.zeros(5, 3).bfloat16()}, "must share a dtype"),
+        ({"target_T": torch.tensor([0.0, 1.0])}, "target_T must hold int32, int64; got torch.float32"),
+        ({"weight_VD": torch.zeros(5, 4)}, r"weight_VD must have the shape \[V, 3\]; got \[5, 4\]"),
     ],
 )
 def test_errors(change: dict[str, Any], message: str) -> None:

@@ -114,5 +114,5 @@ def test_errors() -> None:
         group_advantage(reward_S, offsets([2, 1], cpu))
     with pytest.raises(ValueError, match="int32"):
         group_advantage(reward_S, torch.tensor([0, 4]))
-    with pytest.raises(ValueError, match=r"\(2, 2\)"):
+    with pytest.raises(ValueError, match=r"\[S\]; got \[2, 2\]"):
         group_advantage(reward_S.view(2, 2), offsets([4], cpu))

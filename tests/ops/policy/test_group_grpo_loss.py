@@ -13,7 +13,7 @@ from torch import Tensor
 from triton_kernels import LossOutput, Objective, group_grpo_loss
 from triton_kernels._register import OPS
 from triton_kernels.policy.group_advantage import Scale, group_advantage_reference
-from triton_kernels.policy.grpo_loss import objective_arguments
+from triton_kernels.policy.objective import objective_arguments
 
 SCALES = get_args(Scale)
 
@@ -104,8 +104,8 @@ def test_half_precision(dtype: torch.dtype, device: torch.device) -> None:
 def test_opcheck(scale: Scale, device: torch.device) -> None:
     rows = make_rows([3, 4], device, garbage=False)
     rows.logprob_T.requires_grad_()
-    group = (torch.tensor([1.0, 0.0], device=device), rows.weight_T, rows.response_cu, offsets([2], device))
-    arguments = (*rows.args()[:3], *group, *objective_arguments(Objective()), scale)
+    group = (torch.tensor([1.0, 0.0], device=device), rows.weight_T, rows.response_cu, offsets([2], device), scale)
+    arguments = (*rows.args()[:3], *group, *objective_arguments(Objective()))
     torch.library.opcheck(OPS["group_grpo_loss"], arguments)
 
 

@@ -23,7 +23,8 @@ from torch import Tensor
 from triton_kernels import LossOutput, Objective, grpo_loss
 from triton_kernels._common import INTERPRET, SUMS
 from triton_kernels._register import OPS
-from triton_kernels.policy.grpo_loss import grpo_loss_reference, objective_arguments, policy_loss
+from triton_kernels.policy.grpo_loss import grpo_loss_reference, policy_loss
+from triton_kernels.policy.objective import objective_arguments
 
 
 def loss_and_gradient(rows: Rows, objective: Objective, upstream: float = 1.0) -> tuple[LossOutput, Tensor]:
@@ -219,12 +220,6 @@ def test_opcheck(objective: Objective, device: torch.device) -> None:
     torch.library.opcheck(OPS["grpo_loss"], (*rows.args(), *objective_arguments(objective)))
 
 
-def test_compiles_into_one_graph(device: torch.device) -> None:
-    rows = make_rows([3, 4], device)
-    compiled = torch.compile(lambda *args: grpo_loss(*args, Objective()).loss, backend="aot_eager", fullgraph=True)
-    assert torch.equal(compiled(*rows.args()), grpo_loss(*rows.args(), Objective()).loss)
-
-
 def test_errors() -> None:
     rows = make_rows([3, 4], torch.device("cpu"))
     int64_cu = rows.response_cu.long()
@@ -233,10 +228,14 @@ def test_errors() -> None:
         (replace(rows, ref_logprob_T=None), Objective(), "kl_coef is 0.04: give ref_logprob_T"),
         (rows, Objective(tis_clip=2.0), "tis_clip is 2.0: linear_grpo_loss takes it"),
         (rows, Objective(entropy_coef=0.1), "entropy_coef is 0.1: linear_grpo_loss takes it"),
-        (replace(rows, advantage_T=rows.advantage_T[:2]), Objective(), r"advantage_T .*\(7,\); got \(2,\)"),
-        (replace(rows, old_logprob_T=rows.advantage_T[:2]), Objective(), r"old_logprob_T .*\(7,\); got \(2,\)"),
-        (replace(rows, logprob_T=rows.logprob_T[None]), Objective(), r"1-D.*\(1, 7\)"),
-        (replace(rows, response_cu=int64_cu), Objective(), "response_cu must be int32"),
+        (replace(rows, advantage_T=rows.advantage_T[:2]), Objective(), r"advantage_T .*\[7\]; got \[2\]"),
+        (replace(rows, old_logprob_T=rows.advantage_T[:2]), Objective(), r"old_logprob_T .*\[7\]; got \[2\]"),
+        (
+            replace(rows, logprob_T=rows.logprob_T[None]),
+            Objective(),
+            r"logprob_T must .* got \[1, 7\]",
+        ),
+        (replace(rows, response_cu=int64_cu), Objective(), "response_cu must hold int32"),
         (replace(rows, response_cu=short_cu), Objective(), "response_cu must start at 0, never decrease and end at 7"),
     ]
     for bad, objective, message in cases:

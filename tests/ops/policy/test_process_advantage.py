@@ -107,10 +107,10 @@ def test_misplaced_steps(ends: list[int], message: str) -> None:
 @pytest.mark.parametrize(
     ("index", "value", "message"),
     [
-        (1, torch.zeros(2, dtype=torch.int64), "one value per step"),
-        (1, torch.zeros(3), "must be int32 or int64"),
+        (1, torch.zeros(2, dtype=torch.int64), r"step_end_J must have the shape \[3\]"),
+        (1, torch.zeros(3), "step_end_J must hold int32, int64"),
         (2, torch.tensor([0, 2], dtype=torch.int32), "step_cu must start at 0, never decrease and end at 3"),
-        (2, torch.tensor([0, 3]), "step_cu must be int32"),
+        (2, torch.tensor([0, 3]), "step_cu must hold int32"),
         (3, torch.tensor([0, 3, 6], dtype=torch.int32), "one offset per response"),
         (4, torch.tensor([0, 2], dtype=torch.int32), "group_cu must start at 0, never decrease and end at 1"),
     ],

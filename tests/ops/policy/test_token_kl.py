@@ -110,5 +110,5 @@ def test_errors() -> None:
     x_T = torch.zeros(3)
     with pytest.raises(ValueError, match="k4"):
         token_kl(x_T, x_T, "k4")
-    with pytest.raises(ValueError, match=r"\(3,\) and \(2,\)"):
+    with pytest.raises(ValueError, match=r"\[3\]; got \[2\]"):
         token_kl(x_T, x_T[:2])
