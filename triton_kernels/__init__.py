@@ -2,6 +2,7 @@
 
 from triton_kernels._common import LossOutput, LossStats
 from triton_kernels._register import implementations, load_cpp
+from triton_kernels._version import __version__
 from triton_kernels.attention.packed_attention import packed_attention
 from triton_kernels.attention.packed_layout import PackedLayout
 from triton_kernels.head.linear_grpo_loss import LinearGrpoLoss, linear_grpo_loss
@@ -17,6 +18,7 @@ from triton_kernels.policy.token_kl import token_kl
 load_cpp()
 
 __all__ = [
+    "__version__",
     "LinearGrpoLoss",
     "LinearLogprob",
     "LossOutput",
