@@ -30,6 +30,8 @@ from triton_kernels import (
     token_kl,
 )
 
+pytestmark = pytest.mark.no_interpret  # nothing here depends on what serves the op
+
 CPU = torch.device("cpu")
 T, V, D, E = 12, 33, 8, 4
 LENGTHS = [5, 0, 4, 3]
@@ -131,7 +133,6 @@ def test_the_backward_pass_reads_saved_tensors_once(call: Call) -> None:
         assert torch.equal(x, y) and torch.equal(x, z)
 
 
-@pytest.mark.no_interpret  # the graph is the same there
 @each
 def test_compiles_into_one_graph(call: Call) -> None:
     torch._dynamo.reset()  # the calls share their code

@@ -21,7 +21,7 @@ from triton_kernels.policy.grpo_loss import policy_loss
 from triton_kernels.policy.objective import objective_arguments
 
 V, D = 97, 16
-LENGTHS = [5, 0, 40, 18]  # an empty response among others
+LENGTHS = [3, 0, 9, 4]  # an empty response among others
 OPTIONS: list[dict[str, Any]] = [
     {"temperature": 1.0, "softcap": None},
     {"temperature": 0.8, "softcap": 2.0, "workspace_bytes": 2**13},  # several chunks
@@ -169,9 +169,9 @@ def test_a_split_response_is_refused() -> None:
 SEQUENCE = Objective(ratio="sequence", clip_low=0.05, clip_high=0.05)
 
 
-# 2**14 bytes: the longest response (40 rows of 97 fp32 logits, padded to 128) does not fit; 2**17: several chunks of
-# whole responses; none: one chunk
-@pytest.mark.parametrize("workspace_bytes", [2**14, 2**17, None])
+# A row takes 640 bytes: 97 fp32 logits, padded to 128, hidden state and its gradient. 6 rows: the longest response of 9
+# does not fit; 10 rows: several chunks of whole responses; none: one chunk.
+@pytest.mark.parametrize("workspace_bytes", [6 * 640, 10 * 640, None])
 @pytest.mark.parametrize("objective", [SEQUENCE, replace(SEQUENCE, surrogate="cispo", entropy_coef=0.2), Objective()])
 def test_the_workspace_changes_no_result(
     objective: Objective, workspace_bytes: int | None, device: torch.device
@@ -191,7 +191,7 @@ def test_dropping_rows_without_a_gradient_changes_no_result(objective: Objective
     if objective.kl_coef == 0:
         rows = replace(rows, ref_logprob_T=None)
     kept, dropped = (
-        ours(inputs, target_T, rows, objective, drop_zero_rows=drop, workspace_bytes=2**17) for drop in (False, True)
+        ours(inputs, target_T, rows, objective, drop_zero_rows=drop, workspace_bytes=2**14) for drop in (False, True)
     )
     torch.testing.assert_close(dropped.loss, kept.loss)
     torch.testing.assert_close(dropped.logprob_T, kept.logprob_T)
@@ -235,6 +235,28 @@ def test_each_product_is_computed_once_and_none_in_the_backward_pass(
             output.loss.backward()
         assert gemms.rows == []
         assert [x.grad is not None for x in inputs[:2]] == list(wanted)
+
+
+# In one pass, and in two: a workspace that holds one row.
+@pytest.mark.parametrize("options", [{}, {"workspace_bytes": 1}])
+@pytest.mark.parametrize("field", ["hidden_TD", "advantage_T", "old_logprob_T", "ref_logprob_T", "rollout_logprob_T"])
+def test_nan_in_a_row_that_counts_reaches_loss_gradient_and_statistics(
+    field: str, options: dict[str, Any], device: torch.device
+) -> None:
+    inputs, target_T, rows = make(device)
+    row = 1
+    assert rows.weight_T[row] != 0 and rows.old_logprob_T is not None
+    objective = Objective(tis_clip=2.0, ratio="sequence" if options else "token")
+    rollout_T = rows.old_logprob_T.clone()
+    given = {"hidden_TD": inputs[0].data, "rollout_logprob_T": rollout_T} | vars(rows)
+    given[field][row] = torch.nan
+    if field != "rollout_logprob_T":
+        objective = replace(objective, tis_clip=None)
+    output = ours(inputs, target_T, rows, objective, rollout_logprob_T=rollout_T, **options)
+    dhidden_TD, dweight_VD, dbias_V = torch.autograd.grad(output.loss, inputs)
+    assert output.loss.isnan() and output.stats.sums.isnan().any()
+    assert dhidden_TD[row].isnan().all() and dweight_VD.isnan().any() and dbias_V.isnan().any()
+    assert dhidden_TD[LENGTHS[0] :].isfinite().all()  # the other responses
 
 
 def test_without_grad_mode_there_is_no_gradient_work(device: torch.device) -> None:

@@ -83,21 +83,20 @@ def assert_same(heads: list[Any], kl_T: Tensor, exact_heads: list[Any], exact_T:
         assert relative_error(ours, theirs) < RTOL
 
 
-@pytest.mark.parametrize("options", OPTIONS)
-@pytest.mark.parametrize("bias", [False, True])
-# Nothing, one row of two blocks, and enough for many chunks: 64 KiB hold 8 rows of the 8 tensors of logits alive.
-@pytest.mark.parametrize(("T", "V"), [(0, V), (1, TWO_BLOCKS), (63, V)])
+@pytest.mark.parametrize(("bias", "options"), [(False, OPTIONS[0]), (True, OPTIONS[1]), (True, OPTIONS[2])])
+# Nothing, one row of two blocks, and enough for several chunks: 16 KiB hold 8 rows of both heads' logits.
+@pytest.mark.parametrize(("T", "V"), [(0, V), (1, TWO_BLOCKS), (19, V)])
 def test_values_and_gradients(T: int, V: int, bias: bool, options: dict[str, Any], device: torch.device) -> None:
     heads = make(T, V, device, bias=bias)
     exact_heads = fp64(heads)
-    kl_T = fused(heads, workspace_bytes=2**16, **options)
+    kl_T = fused(heads, workspace_bytes=2**14, **options)
     assert kl_T.dtype == torch.float32 and (kl_T > 0).all()
     assert_same(heads, kl_T, exact_heads, dense(exact_heads, **options))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_has_fp32_logits(dtype: torch.dtype, device: torch.device) -> None:
-    heads = make(63, V, device, dtype)
+    heads = make(9, V, device, dtype)
     exact_heads = fp64(heads)
     kl_T, exact_T = fused(heads), dense(exact_heads)
     assert ((kl_T - exact_T).abs() <= RTOL * (1 + exact_T)).all()
@@ -152,7 +151,7 @@ def test_tokens_removed_by_both_heads_count_nothing(
 
 
 def test_a_token_removed_by_the_policy_alone_adds_nothing(device: torch.device) -> None:
-    heads = make(63, V, device)
+    heads = make(9, V, device)
     with torch.no_grad():
         heads[2][7] = -torch.inf
     exact_heads = fp64(heads)
@@ -191,7 +190,7 @@ def test_equal_heads_have_no_divergence(device: torch.device) -> None:
 
 
 def test_small_divergence_is_not_negative_beyond_rounding(device: torch.device) -> None:
-    heads = make(63, TWO_BLOCKS, device)
+    heads = make(9, TWO_BLOCKS, device)
     heads[3:] = [(x.detach() * (1 + 1e-3)).requires_grad_() for x in heads[:3]]
     kl_T, exact_T = fused(heads), dense(fp64(heads))
     assert exact_T.max() < 1e-3
@@ -277,7 +276,7 @@ def test_memory_is_bounded_by_the_workspace(bias: bool, monkeypatch: pytest.Monk
 
 
 def test_chunks_do_not_change_the_result(device: torch.device) -> None:
-    heads = make(63, V, device, torch.float64)
+    heads = make(64, V, device, torch.float64)
     results = []
     for workspace_bytes in (1, 2**17, None):  # one row at a time, several chunks, one chunk
         kl_T = fused(heads, workspace_bytes=workspace_bytes)
@@ -335,6 +334,7 @@ def test_pieces_of_the_vocabulary_merge_to_the_whole(options: dict[str, Any], de
         assert relative_error(torch.stack(part).sum(0) if i % 3 == 0 else torch.cat(part), whole) < RTOL
 
 
+@pytest.mark.no_interpret  # what opcheck asks does not depend on what serves the op
 @pytest.mark.parametrize(("bias", "options"), [(False, OPTIONS[0]), (True, OPTIONS[1])])
 def test_opcheck(bias: bool, options: dict[str, Any], device: torch.device) -> None:
     heads = [None if x is None else x.detach() for x in make(5, V, device, bias=bias)]
@@ -357,7 +357,7 @@ def test_gradcheck(options: dict[str, Any], device: torch.device) -> None:
 
 
 def test_same_bits_every_time(device: torch.device) -> None:
-    heads = make(63, V, device)
+    heads = make(9, V, device)
     runs = []
     for _ in range(2):
         kl_T = fused(heads, workspace_bytes=2**16)

@@ -84,9 +84,8 @@ def check(stats_4T: Tensor, inputs: Inputs, **options: Any) -> None:
 
 
 # V: less than one tile; several tiles of one split, the last one cut; more than one split. D: no multiple of a tile.
-@pytest.mark.parametrize(("V", "D"), [(100, 48), (700, 80), (1100, 24)])
-# Nothing, one row, one tile of rows or less, more than one tile.
-@pytest.mark.parametrize("T", [0, 1, 63, 130])
+# T: nothing, one row, one tile of rows or less, more than one tile.
+@pytest.mark.parametrize(("T", "V", "D"), [(0, 100, 48), (1, 1100, 24), (63, 700, 80), (130, 100, 48), (130, 1100, 24)])
 def test_statistics(T: int, V: int, D: int, case: tuple[Tile, torch.dtype], device: torch.device) -> None:
     tile, dtype = case
     inputs = make(T, V, D, dtype, device)
