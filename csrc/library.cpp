@@ -1,4 +1,4 @@
-// Makes `triton_kernels._C` importable. Each file in cpu/ registers its kernel with torch.ops.dsm when it is loaded;
+// Makes `triton_kernels._C` importable. Each of the other files registers its ops' kernels with torch.ops.dsm when it is loaded;
 // the ops themselves are defined in Python (triton_kernels/_register.py).
 #include <Python.h>
 

@@ -21,11 +21,11 @@ MINIMA: tuple[str, ...] = ("ratio",)
 
 @dataclass(frozen=True)
 class LossStats:
-    """Statistics of the rows with weight != 0, detached; reduce `sums` by sum, `maxima` by max, `minima` by min.
+    """Statistics of the rows with weight != 0, detached. Reduce `sums` by sum, `maxima` by max, `minima` by min.
 
     sums: [8] in the order of `SUMS`: rows, sum of weights, KL, old - new log-probability, ratio, rows clipped below
     (ratio < 1 - clip_low, A < 0) and above, entropy (0 where the op has none). maxima [1], minima [1]: of the ratio;
-    -inf and +inf when there is no row.
+    -inf and +inf when there is no row. NaN in a row makes what depends on it NaN.
     """
 
     sums: Tensor
@@ -34,7 +34,7 @@ class LossStats:
 
     @staticmethod
     def from_packed(stats: Tensor) -> LossStats:
-        """From one tensor [sums | maxima | minima], as the registered ops return it."""
+        """Statistics from one tensor [sums | maxima | minima], as the registered ops return it."""
         return LossStats(*stats.split([len(SUMS), len(MAXIMA), len(MINIMA)]))
 
     def named(self) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
@@ -64,7 +64,7 @@ class LossOutput:
 
 
 def at_least_fp32(x: Tensor) -> Tensor:
-    """fp64 stays fp64 (the oracle's dtype); everything else computes in fp32."""
+    """`x` in the dtype of the computation: fp64 stays fp64 (the oracle's), everything else becomes fp32."""
     return x if x.dtype == torch.float64 else x.float()
 
 

@@ -1,4 +1,4 @@
-"""How an op joins PyTorch's dispatcher, which is the only registry, and how to read it back.
+"""Registration of ops with PyTorch's dispatcher, which is the only registry, and the table of what serves them.
 
 `torch.library.custom_op` registers the plain PyTorch reference as the default of every device. C++ (csrc) overrides it
 on the CPU when it is built; `register_triton` overrides it on CUDA, and on the CPU when `TRITON_INTERPRET=1`.
@@ -25,14 +25,16 @@ from triton_kernels._triton import HAS_TRITON, LAUNCH_OPTIONS
 
 @dataclass(frozen=True)
 class Variant:
-    """One specialisation of a Triton kernel that an op launches, to be compiled ahead of time and kept in the ledger.
+    """One specialisation of a Triton kernel that an op launches; the ledger compiles it ahead of time.
 
-    signature: Triton type of each argument ("*fp32", "i32", ...). constants: the value of each constexpr, and None for
-    each tensor that is absent. options: of the launch. multiples_of_16: the integer arguments that are, in the launches
-    that count; Triton compiles those apart, because loads become wider (pointers are always taken to be aligned).
-    capabilities: the GPUs it is launched on, 90 for sm_90. max_spill_bytes: of local memory per thread. Registers that
-    spill go through the cache, so 0 is the rule; a kernel with the whole tile of an attention block in registers may
-    be fastest with a few spilled outside of its inner loop, and says so here.
+    signature: Triton type of each argument ("*fp32", "i32", ...).
+    constants: value of each constexpr, and None for each absent tensor.
+    options: those of the launch.
+    multiples_of_16: integer arguments that are multiples of 16 in the launches that matter. Triton compiles these
+        apart, with wider loads; pointers are always taken to be aligned.
+    capabilities: the GPUs that launch it, 90 for sm_90.
+    max_spill_bytes: local memory per thread. Spilled registers go through the cache, so 0 is the rule; an attention
+        kernel whose tile fills the registers may be fastest with a few spilled outside of its inner loop.
     """
 
     kernel: Any
@@ -48,7 +50,7 @@ REFERENCE = "PyTorch reference"
 OPS: dict[str, CustomOpDef] = {}
 """Every registered op by its name without the namespace."""
 DEFAULTS: dict[str, str] = {}
-"""What serves an op where neither C++ nor Triton does."""
+"""Name of an op's default implementation, which serves where neither C++ nor Triton does."""
 
 
 def custom_op(
@@ -83,10 +85,10 @@ def register_triton(op: CustomOpDef, launch: Callable[..., Any]) -> None:
 
 
 def register_saved_gradient(op: CustomOpDef) -> None:
-    """Autograd of an op (x, ...) -> (value, dvalue/dx, ...): backward multiplies what the forward pass has saved.
+    """Autograd of an op (x, ...) -> (value, dvalue/dx, ...) whose forward pass computes the gradient by x.
 
-    The product is taken in the dtype of the saved gradient and on its device, so there is no synchronisation. `value`
-    is a scalar or has the shape of x. Only x, the first input, receives a gradient.
+    The backward pass multiplies it by the upstream gradient, in its dtype and on its device, and does not synchronise.
+    `value` is a scalar or has the shape of x. Only x, the first input, receives a gradient.
     """
 
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -105,7 +107,7 @@ def register_saved_gradient(op: CustomOpDef) -> None:
 
 @contextmanager
 def autograd_inside_op() -> Iterator[None]:
-    """Let a reference differentiate by autograd inside an op, where the dispatcher has switched autograd off."""
+    """Switch autograd on inside an op, where the dispatcher has switched it off, and leave inference mode."""
     key = torch._C.DispatchKey
     with (
         torch.inference_mode(False),
@@ -123,17 +125,17 @@ def load_cpp() -> None:
 
 
 def implementations() -> dict[str, dict[str, str]]:
-    """For each op and device ("cpu", "cuda") what serves it, read off the dispatcher.
+    """Name of the implementation of each op on each device ("cpu", "cuda"), read off the dispatcher.
 
-    "C++", "Triton", "Triton (interpreter)" or "PyTorch reference". fp64 tensors go to the reference wherever Triton
-    serves.
+    "C++", "Triton", "Triton (interpreter)", "PyTorch reference" or the pieces that an op is composed of. Where Triton
+    serves, fp64 tensors go to the reference.
     """
     return {name: {device: implementation(name, device) for device in ("cpu", "cuda")} for name in OPS}
 
 
 @functools.cache
 def implementation(name: str, device: str) -> str:
-    """What serves op `name` on "cpu" or "cuda"; asked for after everything is loaded."""
+    """Name of the implementation that serves op `name` on "cpu" or "cuda". Call it after everything is loaded."""
     if not torch._C._dispatch_has_kernel_for_dispatch_key(f"dsm::{name}", device.upper()):
         return DEFAULTS[name]
     registrations = torch._C._dispatch_dump(f"dsm::{name}").splitlines()

@@ -30,6 +30,7 @@ else:
         tl = SimpleNamespace(constexpr=lambda value: value)
 
 LAUNCH_OPTIONS = {"num_warps": 4, "enable_fp_fusion": True}
-"""Of every launch. Fusing a multiply with an add is said, because its default differs between versions of Triton."""
+"""Options of a launch, unless a kernel has its own. enable_fp_fusion is explicit: its default differs between versions
+of Triton."""
 
 __all__ = ["HAS_TRITON", "LAUNCH_OPTIONS", "tl", "triton"]

@@ -1,6 +1,5 @@
 #include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
-#include <ATen/Version.h>
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
@@ -9,9 +8,10 @@
 #include <limits>
 
 #include "../policy/token_kl.h"
+#include "../vectorised.h"
 
-// triton_kernels/head/logits.py has the formulas. A row is taken in blocks that stay in the first-level cache, so that its
-// logits are read from memory once. The simd pragmas allow the order of a sum to change, and in-place loops.
+// triton_kernels/head/logits.py has the formulas. A row is computed in blocks that stay in the first-level cache, so
+// that its logits are read from memory once. The simd pragmas allow sums in another order, and in-place loops.
 namespace dsm {
 namespace {
 
@@ -145,25 +145,11 @@ struct RowSlopes {
   }
 };
 
-#if defined(__x86_64__) && (defined(__GNUC__) || defined(__clang__))
-#define DSM_AVX2 1
-// `rows(begin, end)` and all it calls, compiled once more for processors with AVX2; the build serves those without too.
-template <typename Rows>
-__attribute__((target("avx2,fma"), flatten)) void with_avx2(const Rows& rows, int64_t begin, int64_t end) {
-  rows(begin, end);
-}
-#endif
-
 // Calls `rows(begin, end)` for parts of the C rows, on all threads.
 template <typename Rows>
 void for_rows(int64_t C, int64_t V, const Rows& rows) {
-  at::parallel_for(0, C, std::max<int64_t>(1, kTokensPerTask / std::max<int64_t>(1, V)), [&](int64_t b, int64_t e) {
-#ifdef DSM_AVX2
-    static const bool avx2 = at::get_cpu_capability() != "DEFAULT";  // and with AVX2 comes FMA
-    if (avx2) return with_avx2(rows, b, e);
-#endif
-    rows(b, e);
-  });
+  const int64_t rows_per_task = std::max<int64_t>(1, kTokensPerTask / std::max<int64_t>(1, V));
+  at::parallel_for(0, C, rows_per_task, [&](int64_t begin, int64_t end) { vectorised([&] { rows(begin, end); }); });
 }
 
 // Contiguous, in `like`'s dtype; undefined where absent.

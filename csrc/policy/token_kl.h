@@ -1,5 +1,5 @@
-// The KL estimators: triton_kernels/policy/token_kl.py has the formulas. Loops without branches or calls, so that the compiler
-// vectorises them for float.
+// The KL estimators: triton_kernels/policy/token_kl.py has the formulas. Loops have neither branches nor calls, so that
+// the compiler vectorises them for float.
 #pragma once
 
 #include <c10/util/Exception.h>

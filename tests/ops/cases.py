@@ -48,11 +48,11 @@ class Rows:
     response_cu: Tensor
 
     def args(self) -> tuple[Tensor | None, ...]:
-        """As positional arguments."""
+        """The positional arguments."""
         return tuple(vars(self).values())
 
     def to(self, dtype: torch.dtype) -> Rows:
-        """With the log-probabilities, advantages and weights in `dtype`."""
+        """The same rows with log-probabilities, advantages and weights in `dtype`."""
         return Rows(*(x if x is None or x.dtype == torch.int32 else x.to(dtype) for x in self.args()))
 
 

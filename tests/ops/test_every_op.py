@@ -1,4 +1,4 @@
-"""What every public op keeps: saved tensors are read once, it compiles, constants get no gradient, bad input is told.
+"""Promises of every public op: saved tensors are read once, it compiles, constants get no gradient, errors are clear.
 
 T loss rows, S responses, P groups, J steps, V vocabulary, D and E hidden sizes. `packed_attention` has its own tests.
 """

@@ -18,11 +18,16 @@ WITHOUT_TRITON_AND_CPP = """
 import sys
 sys.modules["triton"] = sys.modules["triton_kernels._C"] = None
 import torch
-from triton_kernels import implementations, token_kl
+from triton_kernels import Objective, group_grpo_loss, grpo_loss, implementations, token_kl
 from triton_kernels.policy.token_kl import token_kl_kernel
 served = {op: implementations()[op] for op in %r}
 assert all(by == {"cpu": "PyTorch reference", "cuda": "PyTorch reference"} for by in served.values()), served
 assert token_kl(torch.tensor([-1.0]), torch.tensor([-3.0]), "k1").tolist() == [2.0]
+with torch.inference_mode():
+    one, cu = torch.tensor([-1.0]), torch.tensor([0, 1], dtype=torch.int32)
+    assert token_kl(one, one - 2, "k1").tolist() == [2.0]
+    assert grpo_loss(one, one, one, one, one, cu, Objective()).loss == -1
+    assert group_grpo_loss(one, one, one, one, one, cu, cu, Objective(ratio="sequence")).loss == 0
 try:
     token_kl_kernel[(1,)]()
 except RuntimeError as error:

@@ -1,1 +1,1 @@
-"""From hidden states and the output head to log-probabilities, losses and gradients."""
+"""Log-probabilities, losses and gradients from hidden states and an output head, without logits."""

@@ -1,4 +1,4 @@
-"""What the ops on an output head take: checks, autocast, workspace, and the ranks that split the vocabulary.
+"""Arguments of the ops on an output head: checks, autocast, workspace, and the ranks that split the vocabulary.
 
 T loss rows, V vocabulary or this rank's shard of it, D hidden, R ranks that split it.
 """
@@ -14,7 +14,7 @@ from triton_kernels._checks import NUMBERS, check_bytes, check_number, check_ten
 
 
 def autocast(*operands: Tensor) -> list[Tensor]:
-    """Operands of a GEMM as torch.mm would take them under torch.autocast: in its dtype, but for fp64.
+    """Operands of a GEMM in the dtype of torch.autocast, where it is on, as torch.mm would take them; fp64 stays.
 
     The casts are differentiable: a gradient comes back in the dtype of what was given.
     """

@@ -1,4 +1,4 @@
-"""What `linear_kl` computes of the two heads' logits of a chunk of rows: statistics, and both gradients in place.
+"""Statistics of the two heads' logits of a chunk of rows, and both gradients in place: the pieces of `linear_kl`.
 
 s, ref_s: logits of policy p = softmax(s) and reference q = softmax(ref_s), with bias, softcap and temperature
 d = (s - max s) - (ref_s - max ref_s);  mean = sum_v p_v d_v
@@ -67,7 +67,7 @@ def kl_gradient_reference(
 ) -> None:
     """out, ref_out = the gradients of sum_c g_c KL_c by `logits_CV` and `ref_logits_CV`; None where not wanted.
 
-    ds = g p (d - mean), dref_s = g (q - p). Each may be the memory of its logits, in a narrower type: see `narrowed`.
+    ds = g p (d - mean), dref_s = g (q - p). Each may be the memory of its logits, narrower: see `reinterpreted`.
     rows_5C: max s, log sum exp(s - max s), the same two of ref_s, and mean, all of the whole vocabulary. A row whose g
     is 0 has a gradient of 0 even where its KL is infinite.
     """

@@ -89,23 +89,14 @@ def linear_grpo_loss(
 
     Raises `ValueError` for inputs that do not fit, and `NotImplementedError` for a `cp_group` of more than one rank.
     """
-    check_group("cp_group", cp_group)
-    if cp_group is not None and cp_group.size() > 1:
-        raise NotImplementedError(
-            f"a response cannot be split over ranks yet: cp_group has {cp_group.size()} ranks; give whole responses"
-        )
+    _check_whole_responses(cp_group)
     hidden_TD, weight_VD = autocast(hidden_TD, weight_VD)
     check_head(hidden_TD, weight_VD, bias_V)
     check_softmax(temperature, softcap)
     workspace = checked_workspace(workspace_bytes, hidden_TD.device)
     check_objective(objective)
     check_rows(hidden_TD, old_logprob_T, ref_logprob_T, weight_T, response_cu, objective)
-    check_tensor("target_T", target_T, (len(hidden_TD),), like=hidden_TD, dtypes=IDS)
-    check_tensor("advantage_T", advantage_T, (len(hidden_TD),), like=hidden_TD, dtypes=NUMBERS)
-    if rollout_logprob_T is not None:
-        check_tensor("rollout_logprob_T", rollout_logprob_T, (len(hidden_TD),), like=hidden_TD)
-    elif objective.tis_clip is not None:
-        raise ValueError(f"tis_clip={objective.tis_clip} needs rollout_logprob_T; give it, or set tis_clip=None")
+    _check_more_rows(hidden_TD, target_T, advantage_T, rollout_logprob_T, objective)
     group, shards = split(hidden_TD, weight_VD, tp_group)
     check_range(torch.where(weight_T != 0, target_T, 0), sum(shards))
     rows = constants(target_T, old_logprob_T, ref_logprob_T, rollout_logprob_T, advantage_T, weight_T, response_cu)
@@ -116,6 +107,26 @@ def linear_grpo_loss(
         *heads, rows, settings, objective_arguments(objective), needs, group, shards, reduce_dx
     )
     return LinearGrpoLoss(loss, LossStats.from_packed(stats_N), logprob_T, entropy_T)
+
+
+def _check_whole_responses(cp_group: ProcessGroup | None) -> None:
+    check_group("cp_group", cp_group)
+    if cp_group is not None and cp_group.size() > 1:
+        raise NotImplementedError(
+            f"a response cannot be split over ranks yet: cp_group has {cp_group.size()} ranks; give whole responses"
+        )
+
+
+def _check_more_rows(
+    hidden_TD: Tensor, target_T: Tensor, advantage_T: Tensor, rollout_logprob_T: Tensor | None, objective: Objective
+) -> None:
+    T = len(hidden_TD)
+    check_tensor("target_T", target_T, (T,), like=hidden_TD, dtypes=IDS)
+    check_tensor("advantage_T", advantage_T, (T,), like=hidden_TD, dtypes=NUMBERS)
+    if rollout_logprob_T is not None:
+        check_tensor("rollout_logprob_T", rollout_logprob_T, (T,), like=hidden_TD)
+    elif objective.tis_clip is not None:
+        raise ValueError(f"tis_clip={objective.tis_clip} needs rollout_logprob_T; give it, or set tis_clip=None")
 
 
 class _LinearGrpoLoss(torch.autograd.Function):

@@ -23,7 +23,7 @@ from triton_kernels._register import REFERENCE, custom_op, implementation
 from triton_kernels.head.arguments import autocast, check_head, check_softmax, checked_workspace, gather, split
 from triton_kernels.head.gemm import accumulate, chunk_rows, operand, padded, product, result_dtype
 from triton_kernels.head.kl_logits import kl_gradient, kl_stats, merge_kl
-from triton_kernels.head.logits import narrowed
+from triton_kernels.head.logits import reinterpreted
 
 
 def linear_kl(
@@ -91,7 +91,7 @@ def _check_pair(hidden_TD: Tensor, weight_VD: Tensor, ref_hidden_TE: Tensor, ref
 
 
 class _LinearKL(torch.autograd.Function):
-    """This shard's pieces, and what the ranks of `group` tell each other between them; no group is one shard."""
+    """Pieces of this shard, and the exchange of statistics between the ranks of `group`; None: one shard."""
 
     @staticmethod
     def forward(
@@ -173,8 +173,8 @@ def linear_kl_bwd_chunked(
     weight_VD, ref_weight_VE = operand(weight_VD), operand(ref_weight_VE)
     wanted, ref_wanted = any(needs[:3]), any(needs[3:])
     for rows, logits_CV, ref_logits_CV in _chunks(hidden_TD, weight_VD, ref_hidden_TE, ref_weight_VE, workspace_bytes):
-        dlogits_CV = narrowed(logits_CV, weight_VD.dtype) if wanted else None
-        ref_dlogits_CV = narrowed(ref_logits_CV, ref_weight_VE.dtype) if ref_wanted else None
+        dlogits_CV = reinterpreted(logits_CV, weight_VD.dtype) if wanted else None
+        ref_dlogits_CV = reinterpreted(ref_logits_CV, ref_weight_VE.dtype) if ref_wanted else None
         kl_gradient(
             logits_CV, ref_logits_CV, dlogits_CV, ref_dlogits_CV, bias_V, ref_bias_V, grad_T[rows], rows_5T[:, rows],
             temperature, softcap, ref_softcap,
@@ -192,7 +192,7 @@ def _accumulate_head(
     rows: slice,
     needs: list[bool],
 ) -> None:
-    """Add what a chunk gives to one head's (dhidden_TD, dweight_VD, dbias_V)."""
+    """Add a chunk's part to one head's (dhidden_TD, dweight_VD, dbias_V)."""
     if dlogits_CV is None:
         return
     dhidden_TD, dweight_VD, dbias_V = gradients
@@ -207,9 +207,9 @@ def _accumulate_head(
 def _chunks(
     hidden_TD: Tensor, weight_VD: Tensor, ref_hidden_TE: Tensor, ref_weight_VE: Tensor, workspace_bytes: int
 ) -> Iterator[tuple[slice, Tensor, Tensor]]:
-    """Rows, and the logits of both heads for them: as many as fit into the workspace, in the same memory each time."""
+    """Slices of rows with the logits of both heads: as many as fit into the workspace, in the same memory each time."""
     (T, _), V, dtype = hidden_TD.shape, len(weight_VD), result_dtype(hidden_TD)
-    count = min(T, chunk_rows(V, workspace_bytes, _alive(hidden_TD), dtype))
+    count = min(T, chunk_rows(V, workspace_bytes, _logits_held(hidden_TD), dtype))
     memory_2CV = hidden_TD.new_empty(2, count, padded(V), dtype=dtype)[:, :, :V]
     for start in range(0, T, max(count, 1)):
         rows = slice(start, min(start + count, T))
@@ -219,8 +219,8 @@ def _chunks(
         yield rows, logits_CV, ref_logits_CV
 
 
-def _alive(hidden_TD: Tensor) -> int:
-    """Tensors of the logits' size that the ops on them hold at once, the logits of both heads included."""
+def _logits_held(hidden_TD: Tensor) -> int:
+    """Number of tensors of the logits' size that their ops hold at once, the logits of both heads included."""
     kernels = implementation("kl_stats", hidden_TD.device.type) != REFERENCE
     return 2 if kernels and hidden_TD.dtype != torch.float64 else 8
 

@@ -32,7 +32,7 @@ from triton_kernels.head.arguments import (
     split,
 )
 from triton_kernels.head.gemm import accumulate, chunk_rows, operand, padded, product, result_dtype
-from triton_kernels.head.logits import logit_gradient, logit_stats, logits_alive, merge, narrowed
+from triton_kernels.head.logits import logit_gradient, logit_stats, logits_held, merge, reinterpreted
 from triton_kernels.head.scoring import launch_scoring
 
 
@@ -87,7 +87,7 @@ def linear_logprob(
 
 
 class _LinearLogprob(torch.autograd.Function):
-    """This shard's pieces, and what the ranks of `group` tell each other between them; no group is one shard."""
+    """Pieces of this shard, and the exchange of statistics between the ranks of `group`; None: one shard."""
 
     @staticmethod
     def forward(
@@ -168,7 +168,7 @@ def linear_logprob_bwd_chunked(
     for rows, logits_CV in chunks(hidden_TD, weight_VD, workspace_bytes):
         hidden_CD = operand(hidden_TD[rows])
         product(hidden_CD, weight_VD.T, out=logits_CV)
-        dlogits_CV = narrowed(logits_CV, weight_VD.dtype)
+        dlogits_CV = reinterpreted(logits_CV, weight_VD.dtype)
         h_C = None if grad_entropy_T is None else grad_entropy_T[rows]
         saved = (entropy_T[rows], max_T[rows], log_sum_T[rows])
         logit_gradient(
@@ -184,10 +184,10 @@ def linear_logprob_bwd_chunked(
 
 
 def chunks(hidden_TD: Tensor, weight_VD: Tensor, workspace_bytes: int) -> Iterator[tuple[slice, Tensor]]:
-    """Slices of rows, and memory for their logits [C, V], the same for all: what fits into the workspace."""
+    """Slices of rows that fit into the workspace, and memory for their logits [C, V], the same for all."""
     (T, _), V = hidden_TD.shape, len(weight_VD)
     dtype = result_dtype(hidden_TD)
-    count = min(T, chunk_rows(V, workspace_bytes, logits_alive(hidden_TD), dtype))
+    count = min(T, chunk_rows(V, workspace_bytes, logits_held(hidden_TD), dtype))
     memory = hidden_TD.new_empty(count, padded(V), dtype=dtype)
     for start in range(0, T, max(count, 1)):
         rows = slice(start, min(start + count, T))

@@ -1,4 +1,4 @@
-"""What is computed of the logits of a chunk of rows, as they come out of the GEMM: statistics, and their gradient.
+"""Softmax statistics of a chunk's logits, as they come out of the GEMM, and the gradient by these logits.
 
 z = logits + bias;  z = softcap tanh(z / softcap);  s = z / temperature
 
@@ -61,7 +61,7 @@ def logit_gradient_reference(
     """out = the gradient, by `logits_CV`, of sum_c g_c log p_c(target) + h_c entropy_c.
 
     ds_v = g (1[v = target] - p_v) - h p_v (log p_v + entropy). `out_CV` may be the memory of the logits, in a narrower
-    type: see `narrowed`. Entropy, max and log_sum are of the whole vocabulary.
+    type: see `reinterpreted`. Entropy, max and log_sum are of the whole vocabulary.
     """
     C, V = logits_CV.shape
     if V == 0:
@@ -82,7 +82,7 @@ def logit_gradient_reference(
 
 
 def scaled(logits_CV: Tensor, bias_V: Tensor | None, temperature: float, softcap: float | None) -> Tensor:
-    """s, as a new tensor."""
+    """The scaled logits s, as a new tensor."""
     z_CV = logits_CV if bias_V is None else logits_CV + bias_V
     if softcap is not None:
         z_CV = (z_CV / softcap).tanh_().mul_(softcap)
@@ -90,18 +90,18 @@ def scaled(logits_CV: Tensor, bias_V: Tensor | None, temperature: float, softcap
 
 
 def in_shard(local_target_T: Tensor, V: int) -> tuple[Tensor, Tensor]:
-    """An id of the shard for every row, and whether it is the row's target."""
+    """(an id of this shard for every row, True where it is the row's target)."""
     id_T = local_target_T.long().clamp(0, V - 1)
     return id_T, id_T == local_target_T
 
 
-def narrowed(logits_CV: Tensor, dtype: torch.dtype) -> Tensor:
-    """The memory of fp32 logits as rows of `dtype`, each at the start of its logits' row: [C, V], rows strided."""
+def reinterpreted(logits_CV: Tensor, dtype: torch.dtype) -> Tensor:
+    """The memory of fp32 logits as a matrix of `dtype`: [C, V], each row at the start of its logits' row."""
     return logits_CV if dtype == logits_CV.dtype else logits_CV.view(dtype)[:, : logits_CV.shape[1]]
 
 
-def logits_alive(hidden: Tensor) -> int:
-    """Tensors of the logits' size that the ops on them hold at once, the logits included."""
+def logits_held(hidden: Tensor) -> int:
+    """Number of tensors of the logits' size that their ops hold at once, the logits included."""
     kernels = all(implementation(op, hidden.device.type) != REFERENCE for op in ("logit_stats", "logit_gradient"))
     return 1 if kernels and hidden.dtype != torch.float64 else 4
 
@@ -109,7 +109,7 @@ def logits_alive(hidden: Tensor) -> int:
 def merge(stats_R4T: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(logprob_T, entropy_T, max_T, log_sum_T) of the whole vocabulary, with lse = max + log_sum, from its shards'.
 
-    The two halves of lse stay apart: with logits of 1e4 their fp32 sum would lose the digits of log_sum.
+    max and log_sum stay apart: with logits of 1e4 their fp32 sum would lose the digits of log_sum.
     """
     max_RT, sum_RT, target_RT, weighted_RT = stats_R4T.unbind(1)
     max_T = max_RT.amax(0)

@@ -1,4 +1,4 @@
-"""The policy loss from hidden states with its gradients, computed in the forward pass: what `linear_grpo_loss` runs.
+"""The policy loss from hidden states, and its gradients in the same forward pass: the inside of `linear_grpo_loss`.
 
 One pass over chunks of rows: the gradient is taken while a chunk's logits exist, with three GEMMs. Two passes where the
 objective needs more rows at once than the workspace holds, or where no gradient is wanted.
@@ -19,7 +19,7 @@ from triton_kernels._common import MAXIMA, MINIMA, SUMS
 from triton_kernels.head.arguments import gather
 from triton_kernels.head.gemm import accumulate, chunk_rows, operand, padded, product, result_dtype
 from triton_kernels.head.linear_logprob import gradients_like, linear_logprob_bwd, linear_logprob_fwd
-from triton_kernels.head.logits import logits_alive, merge, narrowed
+from triton_kernels.head.logits import logits_held, merge, reinterpreted
 from triton_kernels.head.policy_logits import Differentiated, PolicyRows, differentiate, policy_logits, policy_slopes
 from triton_kernels.policy.objective import Objective, objective_arguments
 
@@ -35,7 +35,7 @@ A gradient that is not wanted is empty.
 
 @dataclass(frozen=True)
 class Settings:
-    """Everything but tensors. shards: tokens of each rank that splits the vocabulary; `group` is None for one rank."""
+    """Settings of the loss. shards: tokens of each rank that splits the vocabulary; group: None for one rank."""
 
     objective: Objective
     temperature: float
@@ -166,9 +166,9 @@ def _spans(hidden_TD: Tensor, response_cu: Tensor, settings: Settings) -> list[S
     The same on all ranks that split the vocabulary: the largest shard decides.
     """
     T, D = hidden_TD.shape
-    alive = logits_alive(hidden_TD) + settings.drop_zero_rows
+    held = logits_held(hidden_TD) + settings.drop_zero_rows
     # Beside the logits a row has its hidden state and the state's gradient.
-    most = chunk_rows(max(settings.shards), settings.workspace_bytes, alive, result_dtype(hidden_TD), 2 * D)
+    most = chunk_rows(max(settings.shards), settings.workspace_bytes, held, result_dtype(hidden_TD), 2 * D)
     if settings.group is not None:  # a rank may have been given a smaller workspace: the smallest decides
         agreed = torch.tensor(most, device=hidden_TD.device)
         dist.all_reduce(agreed, dist.ReduceOp.MIN, group=settings.group)
@@ -215,8 +215,8 @@ def _in_one_pass(
         # NaN of an absent row would reach the weight's gradient as 0 * NaN.
         hidden_CD = operand(torch.where((part.weight_T != 0)[:, None], hidden_TD[first:last], 0))
         logits_CV = product(hidden_CD, weight.T, out=memory[: last - first, : len(weight)])
-        dlogits_CV = narrowed(logits_CV, weight.dtype)
-        loss, stats_N, logprob_C, entropy_C, moves_C = _differentiate(
+        dlogits_CV = reinterpreted(logits_CV, weight.dtype)
+        loss, stats_N, logprob_C, entropy_C, has_gradient_C = _differentiate(
             dlogits_CV, logits_CV, bias_V, part, response_cu, settings
         )
         losses.append(loss)
@@ -225,7 +225,7 @@ def _in_one_pass(
         if needs[2]:
             dbias_V.add_(dlogits_CV.sum(0, dtype=dbias_V.dtype))
         dhidden_CD = dhidden_TD[first:last]
-        _propagate(dlogits_CV, hidden_CD, weight, dhidden_CD, dweight_VD, moves_C, needs, settings)
+        _propagate(dlogits_CV, hidden_CD, weight, dhidden_CD, dweight_VD, has_gradient_C, needs, settings)
     stats_N = _merged_stats(torch.stack(stats))
     return torch.stack(losses).sum(), stats_N, logprob_T, entropy_T, dhidden_TD, dweight_VD, dbias_V
 
@@ -251,13 +251,13 @@ def _propagate(
     weight_VD: Tensor,
     dhidden_CD: Tensor,
     dweight_VD: Tensor,
-    moves_C: Tensor,
+    has_gradient_C: Tensor,
     needs: list[bool],
     settings: Settings,
 ) -> None:
-    """From the logits' gradient to those of hidden states (written) and weight (added to)."""
+    """Write the gradient of hidden states, and add the weight's, from the logits' gradient."""
     if settings.drop_zero_rows:
-        kept = moves_C.nonzero().squeeze(1)
+        kept = has_gradient_C.nonzero().squeeze(1)
         dlogits_CV, hidden_CD = dlogits_CV[kept], hidden_CD[kept]
     else:
         kept = slice(None)

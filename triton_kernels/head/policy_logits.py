@@ -31,12 +31,12 @@ from triton_kernels.policy.token_kl import clamp, kl_and_slope
 _LIMIT = tl.constexpr(LOG_RATIO_LIMIT)
 
 Differentiated = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
-"""loss, stats_N, logprob_C, entropy_C (both 0 where the weight is), and moves_C: rows whose gradient is not 0."""
+"""loss, stats_N, logprob_C, entropy_C (both 0 where the weight is), has_gradient_C (False where the gradient is 0)."""
 
 
 @dataclass(frozen=True)
 class PolicyRows:
-    """What the objective takes of each row beside its log-probability."""
+    """Inputs of the objective for each row, beside its log-probability."""
 
     target_T: Tensor
     old_logprob_T: Tensor | None
@@ -46,7 +46,7 @@ class PolicyRows:
     weight_T: Tensor
 
     def take(self, rows: slice | Tensor) -> PolicyRows:
-        """Some of the rows."""
+        """A selection of the rows."""
         return replace(self, **{f.name: x_T[rows] for f in fields(self) if (x_T := getattr(self, f.name)) is not None})
 
     def advantages(self, logprob_T: Tensor, objective: Objective) -> Tensor:
@@ -107,15 +107,18 @@ def differentiate(
     softcap: float | None,
     gather: Callable[[Tensor], Tensor] = lambda stats_4C: stats_4C[None],
 ) -> Differentiated:
-    """Statistics of the rows, merged over the shards that `gather` brings; the objective; its gradient to `out_CV`."""
+    """Apply the objective to a chunk's logits and write its gradient by them to `out_CV`.
+
+    `gather` collects the statistics of all shards of the vocabulary.
+    """
     stats_4C = logit_stats(logits_CV, rows.target_T, bias_V, temperature, softcap)
     logprob_C, entropy_C, max_C, log_sum_C = merge(gather(stats_4C))
     policy = policy_slopes(logprob_C, entropy_C, rows, response_cu, objective)
     g_C, h_C = policy.by_logprob_T, policy.by_entropy_T
     saved = (entropy_C, max_C, log_sum_C)
     logit_gradient(out_CV, logits_CV, rows.target_T, bias_V, g_C, h_C, *saved, temperature, softcap)
-    moves_C = g_C != 0 if h_C is None else (g_C != 0) | (h_C != 0)
-    return policy.loss, policy.stats_N, policy.logprob_T, policy.entropy_T, moves_C
+    has_gradient_C = g_C != 0 if h_C is None else (g_C != 0) | (h_C != 0)
+    return policy.loss, policy.stats_N, policy.logprob_T, policy.entropy_T, has_gradient_C
 
 
 def policy_logits_composed(
@@ -140,7 +143,7 @@ def policy_logits_composed(
 @triton.jit
 def policy_logits_kernel(
     out_ptr, logits_ptr, target_ptr, bias_ptr, old_ptr, ref_ptr, advantage_ptr, weight_ptr,
-    logprob_ptr, entropy_ptr, moves_ptr, partial_ptr, C, V, out_stride, stride, softcap, inverse_temperature,
+    logprob_ptr, entropy_ptr, has_gradient_ptr, partial_ptr, C, V, out_stride, stride, softcap, inverse_temperature,
     ratio_low, ratio_high, kl_coef, dual_clip, delta, entropy_coef,
     HAS_SOFTCAP: tl.constexpr, KL: tl.constexpr, SURROGATE: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
@@ -178,7 +181,7 @@ def policy_logits_kernel(
     h = -entropy_coef * weight
     tl.store(logprob_ptr + c, logprob)
     tl.store(entropy_ptr + c, entropy)
-    tl.store(moves_ptr + c, (g != 0) | (h != 0))
+    tl.store(has_gradient_ptr + c, (g != 0) | (h != 0))
     one = tl.where(present, 1.0, 0.0)
     out = partial_ptr + c
     tl.store(out, h * entropy - weight * surrogate)
@@ -218,17 +221,17 @@ def _policy_logits_triton(
         return policy_logits_composed(out_CV, logits_CV, *tensors, response_cu, temperature, softcap, *objective)
     C, V = logits_CV.shape
     logprob_C, entropy_C = logits_CV.new_empty(C), logits_CV.new_empty(C)
-    moves_C = torch.empty(C, dtype=torch.bool, device=logits_CV.device)
+    has_gradient_C = torch.empty(C, dtype=torch.bool, device=logits_CV.device)
     partial_NC = logits_CV.new_empty(1 + NUM_STATS, C)
     if C:
         policy_logits_kernel[(C,)](
             out_CV, logits_CV, *(None if x is None else x.contiguous() for x in tensors),
-            logprob_C, entropy_C, moves_C, partial_NC, C, V, out_CV.stride(0), logits_CV.stride(0),
+            logprob_C, entropy_C, has_gradient_C, partial_NC, C, V, out_CV.stride(0), logits_CV.stride(0),
             softcap or 0.0, 1.0 / temperature, *kernel_scalars(o), o.entropy_coef,
             HAS_SOFTCAP=softcap is not None, KL=o.kl, SURROGATE=o.surrogate, BLOCK_V=BLOCK_V, **LOGIT_OPTIONS,
         )  # fmt: skip
     loss, stats_N = reduce_partials(partial_NC)
-    return loss, stats_N, logprob_C, entropy_C, moves_C
+    return loss, stats_N, logprob_C, entropy_C, has_gradient_C
 
 
 policy_logits = custom_op(
@@ -254,7 +257,7 @@ def variants() -> list[Variant]:
     pointers = ("logits", "bias", "old", "ref", "advantage", "weight", "logprob", "entropy", "partial")
     scalars = ("softcap", "inverse_temperature", "ratio_low", "ratio_high", "kl_coef", "dual_clip", "delta")
     signature = {f"{name}_ptr": "*fp32" for name in pointers} | dict.fromkeys((*scalars, "entropy_coef"), "fp32")
-    signature |= {"out_ptr": "*bf16", "target_ptr": "*i64", "moves_ptr": "*i1"}
+    signature |= {"out_ptr": "*bf16", "target_ptr": "*i64", "has_gradient_ptr": "*i1"}
     signature |= {"C": "i32", "V": "i32", "out_stride": "i32", "stride": "i32"}
     plain = {"HAS_SOFTCAP": False, "KL": "k3", "SURROGATE": "clip", "BLOCK_V": BLOCK_V}
     branches = [

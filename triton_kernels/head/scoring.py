@@ -3,7 +3,7 @@
 s = z / temperature;  z = softcap tanh(z / softcap);  z = hidden weight' + bias
 
 A program multiplies a tile of rows with one split of the vocabulary, tile after tile, and keeps four numbers per row of
-what it has seen (see `_logits.logit_stats_reference`); a second kernel merges the splits in their order. Tiles and
+the tokens so far (see `logit_stats_reference`); a second kernel merges the splits in their order. Tiles and
 splits follow from the architecture and the operands' type alone, and the binary is the same for every number of rows:
 a row's result has the same bits whatever else is in the batch.
 
@@ -48,12 +48,12 @@ class Tile:
     descriptors: bool = False
 
     def constants(self) -> dict[str, object]:
-        """Of the kernel."""
+        """Compile-time constants of the kernel."""
         blocks = {"BLOCK_T": self.block_t, "BLOCK_V": self.block_v, "BLOCK_D": self.block_d}
         return {"DESCRIPTORS": self.descriptors, "SPLIT_V": _SPLIT_V, "GROUP_T": _GROUP_T, **blocks}
 
     def options(self) -> dict[str, int]:
-        """Of the launch."""
+        """num_warps and num_stages of the launch, and what all launches have."""
         return LAUNCH_OPTIONS | {"num_warps": self.num_warps, "num_stages": self.num_stages}
 
 
@@ -64,7 +64,8 @@ TILES: dict[str, dict[int, Tile]] = {
     "sm_80": {2: Tile(128, 128, 64, 8, 4), 4: _FP32},
     "default": {2: Tile(128, 128, 32, 8, 3), 4: _FP32},
 }
-"""By architecture and bytes per operand; "default" fits every GPU's shared memory. An entry decides the last bits."""
+"""Tile by architecture and bytes per operand. "default" fits every GPU's shared memory. A result's last bits depend on
+the tile."""
 
 _CAPABILITIES = {"sm_90": (90,), "sm_80": (80,), "default": (80, 90, 100)}
 
@@ -257,7 +258,7 @@ def _aligned(x: Tensor) -> Tensor:
 
 
 def _source(x: Tensor, tile: Tile, rows: int) -> Any:
-    """What the kernel loads blocks of so many rows from."""
+    """The kernel's argument: a TMA descriptor of blocks of so many rows, or the tensor."""
     return TensorDescriptor.from_tensor(x, [rows, tile.block_d]) if tile.descriptors else x
 
 

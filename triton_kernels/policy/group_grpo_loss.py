@@ -1,4 +1,4 @@
-"""From rewards to the GRPO loss and its gradient in one op: group-normalised advantage, ratio, clip, KL, sum.
+"""The GRPO loss and its gradient from rewards in one op: group-normalised advantage, ratio, clip, KL, sum.
 
 T loss rows, S responses, P prompts (groups), N statistics (`LossStats`).
 """

@@ -57,7 +57,7 @@ def is_clipped(ratio, advantage, ratio_low, ratio_high):
 
 @triton.jit
 def load_row(logprob_ptr, old_ptr, weight_ptr, t, end):
-    """(weight, present, log-probability, log ratio) of rows t: what an absent row holds is never read."""
+    """(weight, present, log-probability, log ratio) of rows t. Absent rows are not read: they may hold garbage."""
     weight = tl.load(weight_ptr + t, t < end, other=0.0).to(tl.float32)
     present = weight != 0
     logprob = tl.load(logprob_ptr + t, present, other=0.0).to(tl.float32)
@@ -70,7 +70,7 @@ def load_row(logprob_ptr, old_ptr, weight_ptr, t, end):
 
 @triton.jit
 def load_advantage(advantage_ptr, advantage, t, present):
-    """Per row, or the response's scalar `advantage` where `advantage_ptr` is None."""
+    """Advantage of rows t: their own, or the response's scalar `advantage` where `advantage_ptr` is None."""
     if advantage_ptr is not None:
         return tl.load(advantage_ptr + t, present, other=0.0).to(tl.float32)
     else:
@@ -82,7 +82,7 @@ def sequence_statistics(
     logprob_ptr, old_ptr, advantage_ptr, advantage, weight_ptr, begin, end,
     ratio_low, ratio_high, dual_clip, delta, SURROGATE: tl.constexpr, BLOCK_T: tl.constexpr,
 ):  # fmt: skip
-    """The mean log ratio of a response's present rows, and the slope that each of them has through it."""
+    """(mean log ratio of a response's present rows, derivative of the loss by each of them through that mean)."""
     tokens = tl.zeros([BLOCK_T], tl.float32)
     log_ratios = tl.zeros([BLOCK_T], tl.float32)
     for start in range(begin, end, BLOCK_T):
@@ -264,6 +264,6 @@ def policy_loss_variants(kernel: Any, signature: dict[str, str], constants: dict
 
 
 def reduction_variant() -> Variant:
-    """The kernel that ends every `launch_policy_loss`."""
+    """Variant of the kernel that ends every `launch_policy_loss`."""
     signature = {"partial_ptr": "*fp32", "loss_ptr": "*fp32", "stats_ptr": "*fp32", "S": "i32"}
     return Variant(reduce_partials_kernel, signature, {"BLOCK_S": _BLOCK_S})

@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from triton_kernels import linear_kl
 from triton_kernels.head.kl_logits import kl_gradient, kl_gradient_reference, kl_stats, kl_stats_reference, merge_kl
 from triton_kernels.head.linear_kl import linear_kl_bwd, linear_kl_bwd_chunked, linear_kl_fwd, linear_kl_fwd_chunked
-from triton_kernels.head.logits import narrowed
+from triton_kernels.head.logits import reinterpreted
 
 V, D, E = 211, 12, 20
 TWO_BLOCKS = 4099
@@ -71,7 +71,7 @@ def dense(
 
 
 def gradients(heads: list[Any], kl_T: Tensor) -> list[Tensor]:
-    """Of a sum with weights of both signs, by every tensor that is given."""
+    """Gradients of a sum with weights of both signs, by every tensor that is given."""
     weight_T = torch.linspace(-1, 2, len(kl_T), device=kl_T.device, dtype=torch.float64)
     return list(torch.autograd.grad((weight_T * kl_T).sum(), [x for x in heads if x is not None]))
 
@@ -301,7 +301,9 @@ def test_gradient_in_the_memory_of_the_logits(
     expected = [torch.empty_like(x, dtype=torch.float64) for x in (logits_CV, ref_logits_CV)]
     exact = [x.double() for x in (logits_CV, ref_logits_CV)]
     kl_gradient_reference(*exact, *expected, None, None, g_C.double(), rows_5C.double(), *settings)
-    outs = [narrowed(x, dtype) if want else None for x, want in zip((logits_CV, ref_logits_CV), wanted, strict=True)]
+    outs = [
+        reinterpreted(x, dtype) if want else None for x, want in zip((logits_CV, ref_logits_CV), wanted, strict=True)
+    ]
     kl_gradient(logits_CV, ref_logits_CV, *outs, None, None, g_C, rows_5C, *settings)
     for out_CV, exact_CV, logits, before in zip(outs, expected, (logits_CV, ref_logits_CV), exact, strict=True):
         if out_CV is None:

@@ -54,7 +54,7 @@ def make(T: int, dtype: torch.dtype, device: torch.device, bias: bool = True) ->
 
 
 def gradients(inputs: list[Tensor], logprob_T: Tensor, entropy_T: Tensor) -> tuple[Tensor, ...]:
-    """Of a sum with weights of both signs and of both outputs."""
+    """Gradients of a sum over both outputs with weights of both signs."""
     weight_T = torch.linspace(-1, 2, len(logprob_T), device=logprob_T.device, dtype=torch.float64)
     return torch.autograd.grad((weight_T * logprob_T + weight_T.flip(0) * entropy_T).sum(), inputs)
 
@@ -63,7 +63,7 @@ def fp64(inputs: list[Tensor]) -> list[Tensor]:
     return [x.detach().double().requires_grad_() for x in inputs]
 
 
-# Nothing, one row, and enough for several chunks: 64 KiB hold 64 rows of 211 logits, or 16 where 4 are alive.
+# Nothing, one row, and enough for several chunks: 64 KiB hold 64 rows of 211 logits, or 16 where 4 are held.
 @pytest.mark.parametrize(
     ("T", "bias", "options"),
     [(0, True, PLAIN), (1, False, OPTIONS[1]), (9, True, OPTIONS[1]), (9, False, OPTIONS[2]), (MANY, True, OPTIONS[2])],

@@ -17,9 +17,9 @@ from triton_kernels.head.logits import (
     logit_gradient_reference,
     logit_stats,
     logit_stats_reference,
-    logits_alive,
+    logits_held,
     merge,
-    narrowed,
+    reinterpreted,
 )
 
 OPTIONS: list[dict[str, Any]] = [
@@ -34,7 +34,7 @@ needs_narrow = pytest.mark.skipif(not INTERPRET, reason="on the CPU operands are
 
 
 OfRow = tuple[Tensor, Tensor, Tensor]
-"""What the gradient takes of each row: entropy, max and log_sum."""
+"""Inputs of the gradient for each row: entropy, max and log_sum."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Chunk:
     h_C: Any
 
     def double(self) -> Chunk:
-        """All but the target in fp64."""
+        """The same in fp64, but for the target."""
         bias_V, h_C = (None if x is None else x.double() for x in (self.bias_V, self.h_C))
         return Chunk(self.logits_CV.double(), self.target_C, bias_V, self.g_C.double(), h_C)
 
@@ -255,7 +255,7 @@ def test_narrow_gradient_in_place(V: int, options: dict[str, Any], dtype: torch.
     rows = of_row(chunk.stats(options))
     exact_CV = exact_gradient(chunk, options)
     apart_CV = chunk.gradient(torch.empty_like(chunk.logits_CV, dtype=dtype), rows, options)
-    out_CV = narrowed(chunk.logits_CV, dtype)
+    out_CV = reinterpreted(chunk.logits_CV, dtype)
     assert out_CV.shape == (5, V) and out_CV.data_ptr() == chunk.logits_CV.data_ptr()
     chunk.gradient(out_CV, rows, options)
     assert torch.equal(out_CV, apart_CV)
@@ -278,9 +278,9 @@ def test_rows_far_apart(device: torch.device) -> None:
     assert torch.equal(far.gradient(far.logits_CV, rows, options), expected_CV)
 
 
-def test_logits_alive(device: torch.device) -> None:
+def test_logits_held(device: torch.device) -> None:
     """One tensor where both ops are kernels, so that a workspace holds as many rows."""
     kernels = {implementation(op, device.type) for op in ("logit_stats", "logit_gradient")}
     hidden = torch.empty(1, device=device)
-    assert logits_alive(hidden) == (4 if REFERENCE in kernels else 1)
-    assert logits_alive(hidden.double()) == 4
+    assert logits_held(hidden) == (4 if REFERENCE in kernels else 1)
+    assert logits_held(hidden.double()) == 4

@@ -19,7 +19,7 @@ SCALES = get_args(Scale)
 
 
 def rewards(S: int, device: torch.device) -> Tensor:
-    """Of either sign, the last two equal."""
+    """Rewards of either sign, the last two equal."""
     reward_S = torch.randn(S, generator=torch.Generator().manual_seed(3))
     reward_S[-2:] = 0.1
     return reward_S.to(device)
@@ -28,7 +28,7 @@ def rewards(S: int, device: torch.device) -> Tensor:
 def loss_and_gradient(
     rows: Rows, reward_S: Tensor, group_cu: Tensor, objective: Objective, scale: Scale = "std"
 ) -> tuple[LossOutput, Tensor]:
-    """What the op gives for the rows; their advantage is not used."""
+    """Output and gradient of the op for the rows; their advantage is not used."""
     leaf_T = rows.logprob_T.detach().clone().requires_grad_()
     arguments = (leaf_T, rows.old_logprob_T, rows.ref_logprob_T, reward_S, rows.weight_T, rows.response_cu, group_cu)
     out = group_grpo_loss(*arguments, objective, scale)

@@ -28,7 +28,7 @@ from triton_kernels.policy.objective import objective_arguments
 
 
 def loss_and_gradient(rows: Rows, objective: Objective, upstream: float = 1.0) -> tuple[LossOutput, Tensor]:
-    """What the op gives; the gradient is that of upstream * loss."""
+    """Output of the op, and the gradient of upstream * loss."""
     leaf_T = rows.logprob_T.detach().clone().requires_grad_()
     out = grpo_loss(*replace(rows, logprob_T=leaf_T).args(), objective)
     (upstream * out.loss).backward()

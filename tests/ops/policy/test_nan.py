@@ -1,6 +1,6 @@
 """NaN in a row that counts reaches loss, gradient and statistics; in a row of weight 0 it reaches nothing.
 
-Of the op, which C++ or Triton serves, and of the reference in plain PyTorch. T loss rows, S responses.
+Tested on the op, which C++ or Triton serves, and on the reference in plain PyTorch. T loss rows, S responses.
 """
 
 from __future__ import annotations
