@@ -45,7 +45,7 @@ T at_least(T x, T low) {
   return x < low ? low : x;
 }
 
-// What is the same for all rows. s = z / temperature with z = logits + bias, capped if kCapped. Neither that nor an
+// The head: all that the rows share. s = z / temperature with z = logits + bias, capped if kCapped. Neither that nor an
 // absent bias is a branch between the loops: gcc would copy them for each case, and not vectorise the copies.
 template <typename T, bool kCapped>
 struct Head {
@@ -119,7 +119,7 @@ struct RowStats {
   }
 };
 
-// What one row brings to its gradient.
+// The gradient of one row by its logits.
 template <typename T>
 struct RowSlopes {
   T g, h, entropy, max, log_sum;

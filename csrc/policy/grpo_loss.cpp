@@ -21,7 +21,7 @@ struct Rows {
   int64_t advantage_stride, size;
 };
 
-// Some rows on their way to the loss. What an absent row holds is replaced by 0 first.
+// A block of rows with all that is computed of them. Whatever an absent row holds is replaced by 0 first.
 template <typename T>
 struct Block {
   T weight[kBlock], advantage[kBlock], logprob[kBlock], log_ratio[kBlock], ratio[kBlock];

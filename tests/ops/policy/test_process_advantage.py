@@ -10,6 +10,8 @@ from torch import Tensor
 from triton_kernels import process_advantage
 from triton_kernels.policy.process_advantage import process_advantage_op
 
+pytestmark = pytest.mark.no_interpret  # it has no Triton kernel
+
 # Per group, per response: its loss rows and the ends of its steps.
 Groups = list[list[tuple[int, list[int]]]]
 MIXED: Groups = [
