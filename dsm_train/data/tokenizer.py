@@ -7,8 +7,10 @@ boundary, and training would then see ids that no rollout, which continues the p
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,9 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 
 PAD, EOS = "<pad>", "<eos>"
 _CONFIG = "tokenizer_config.json"
+# The trainer takes quadratic time in a piece (a run of letters, of blanks, of other characters): longer runs are cut.
+_LONGEST_PIECE = 256
+_LONG_RUN = re.compile(rf"[^\W\d_]{{{_LONGEST_PIECE}}}|(?:[^\w\s]|_){{{_LONGEST_PIECE}}}|\s{{{_LONGEST_PIECE}}}")
 
 
 class Tokenizer:
@@ -34,9 +39,17 @@ class Tokenizer:
         self._pretrained = pretrained
         self.eos_id = eos_id
         self.pad_id = pad_id
-        # Not the number of tokens: ids may have gaps, and the largest one needs its row in the embedding.
         self.vocab_size = 1 + max(backend.get_vocab(with_added_tokens=True).values())
+        """Rows that the embedding needs: one above the largest id, since ids may have gaps."""
         backend.encode_special_tokens = pretrained is None
+
+    def fingerprint(self) -> str:
+        """Hash of each id's meaning (every token with its id, and which one ends a text): it travels with the weights.
+
+        Saving and loading keep it, in our format and in Hugging Face's. The pad token is no part: weights never see it.
+        """
+        vocabulary = sorted(self._backend.get_vocab(with_added_tokens=True).items())
+        return hashlib.sha256(json.dumps([vocabulary, self.eos_id]).encode()).hexdigest()[:16]
 
     def all_text(self) -> Tokenizer:
         """The same tokenizer for texts of unknown origin: what spells a special token is text like any other."""
@@ -86,8 +99,17 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size, special_tokens=[PAD, EOS], initial_alphabet=alphabet, show_progress=False
     )
-    backend.train_from_iterator(texts, trainer)
+    backend.train_from_iterator((part for text in texts for part in _bounded(text)), trainer)
     return Tokenizer(backend, eos_id=1, pad_id=0)  # the trainer numbers special tokens first, as listed
+
+
+def _bounded(text: str) -> Iterator[str]:
+    """Parts of a text, cut wherever a run of one kind of character reaches the longest piece that is trained on."""
+    start = 0
+    for run in _LONG_RUN.finditer(text):
+        yield text[start : run.end()]
+        start = run.end()
+    yield text[start:]
 
 
 def load_tokenizer(path: str | Path, *, eos_token: str | None = None) -> Tokenizer:

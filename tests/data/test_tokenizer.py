@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from dsm_train.data.arithmetic import arithmetic_tasks
-from dsm_train.data.tokenizer import EOS, PAD, Tokenizer, load_tokenizer, train_tokenizer
+from dsm_train.data.tokenizer import EOS, PAD, Tokenizer, _bounded, load_tokenizer, train_tokenizer
 
 TEXTS = [f"{task.prompt}{task.solution}" for task in arithmetic_tasks(["word"], "train", count=300, style="steps")]
 HARD_TEXTS = [
@@ -62,6 +62,30 @@ def test_training_is_deterministic_and_bounded(tokenizer: Tokenizer) -> None:
         train_tokenizer(TEXTS, 257)
 
 
+# runs of letters, blanks and other characters: what the pre-tokenizer leaves in one piece
+@pytest.mark.parametrize("run", ["a", "數", " ", "\n", "-", "_", "\u0301"])
+def test_no_piece_that_is_trained_on_exceeds_its_bound(run: str) -> None:
+    text = f"so {run * 1000} it is, {run * 256} and {run * 255}"
+    parts = list(_bounded(text))
+    assert "".join(parts) == text
+    assert max(part.count(run) for part in parts) < 2 * 256
+    assert list(_bounded("short " * 1000)) == ["short " * 1000]  # ordinary text stays whole, whatever its length
+
+
+def test_a_long_run_of_one_character_trains_as_its_pieces_do(tokenizer: Tokenizer) -> None:
+    trained = train_tokenizer(["a" * 1_000_000], 300)
+    assert trained.decode(trained.encode("aaaa")) == "aaaa" and len(trained.encode("a" * 256)) == 1
+
+
+def test_a_fingerprint_tells_tokenizers_apart_and_survives_saving(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    tokenizer.save(tmp_path)
+    assert load_tokenizer(tmp_path).fingerprint() == tokenizer.fingerprint() == tokenizer.all_text().fingerprint()
+    other = train_tokenizer(reversed([*TEXTS[:100], "zebras " * 100]), 400)
+    assert other.vocab_size == tokenizer.vocab_size and other.fingerprint() != tokenizer.fingerprint()
+    renamed = load_tokenizer(tmp_path / "tokenizer.json", eos_token=PAD)  # the same tokens, another end of text
+    assert renamed.fingerprint() != tokenizer.fingerprint()
+
+
 def test_saved_folder_and_file_give_the_same_ids(tokenizer: Tokenizer, tmp_path: Path) -> None:
     tokenizer.save(tmp_path / "new" / "folder")
     for path in (tmp_path / "new" / "folder", tmp_path / "new" / "folder" / "tokenizer.json"):
@@ -94,6 +118,7 @@ def test_transformers_reads_our_folder_and_we_read_its(tokenizer: Tokenizer, tmp
         assert loaded.encode(text) == theirs.encode(text, add_special_tokens=False) == tokenizer.encode(text)
         assert loaded.decode(loaded.encode(text)) == text
     assert loaded.encode(EOS) == [tokenizer.eos_id]  # prompt templates are written with special tokens
+    assert loaded.fingerprint() == tokenizer.fingerprint()
     loaded.save(tmp_path / "again")  # nothing that came with it is lost
     again = transformers.AutoTokenizer.from_pretrained(tmp_path / "again", local_files_only=True)
     assert again.chat_template == "{{ messages }}"
