@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from dsm_train.configs import GrpoConfig
-from dsm_train.data.source import draw
+from dsm_train.data.source import draw, occurrences
 from dsm_train.data.tasks import Task
 from dsm_train.megatron.parallel import Parallel
 from dsm_train.megatron.step import Model
@@ -20,8 +20,11 @@ def explore(
     engine: RolloutEngine, questions: Questions, config: GrpoConfig, parallel: Parallel, step: int
 ) -> tuple[list[Task], Rollouts]:
     """Draw this replica's share of the step's questions, and sample a group of responses to each."""
-    tasks = parallel.share(draw(questions.tasks.train, config.algorithm.prompts_per_step, step, config.run.seed))
-    prompts = [Prompt(task.id, questions.tokenizer.encode(task.prompt)) for task in tasks]
+    drawn = draw(questions.tasks.train, config.algorithm.prompts_per_step, step, config.run.seed)
+    # Counted over the whole stage, before replicas take their shares: random numbers do not depend on the layout.
+    tasks, times = parallel.share(drawn), parallel.share(occurrences(drawn))
+    encode = questions.tokenizer.encode
+    prompts = [Prompt(task.id, encode(task.prompt), n) for task, n in zip(tasks, times, strict=True)]
     return tasks, engine.generate(prompts, config.algorithm.group_size, config.sampling, step=step)
 
 

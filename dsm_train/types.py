@@ -140,6 +140,8 @@ class Prompt:
     """Stable number of the task; part of the counter of the random numbers."""
     token: list[int]
     """Its tokens."""
+    occurrence: int = 0
+    """How often the exploration stage drew this task before, over all replicas; part of the counter as well."""
 
 
 @dataclass(frozen=True)

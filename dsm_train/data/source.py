@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,6 +60,16 @@ def make_tokenizer(config: DataConfig, init: Path | None, tasks: Sequence[Task])
 def solved(tasks: Sequence[Task], count: int | None) -> list[Task]:
     """The first `count` tasks with a worked solution, which supervised training learns from; None: all."""
     return [task for task in tasks if task.solution is not None][:count]
+
+
+def occurrences(tasks: Sequence[Task]) -> list[int]:
+    """How often each task came before among `tasks`: what tells apart the groups of a task that a stage draws twice."""
+    seen: Counter[int] = Counter()
+    counts = []
+    for task in tasks:
+        counts.append(seen[task.id])
+        seen[task.id] += 1
+    return counts
 
 
 def draw(tasks: Sequence[Task], count: int, step: int, seed: int) -> list[Task]:

@@ -17,7 +17,7 @@ from dsm_train.megatron import platform
 from dsm_train.megatron.layers import PackedAttend
 from dsm_train.megatron.step import Model
 from dsm_train.rollout.config import SamplingConfig
-from dsm_train.rollout.sampling import counter_uniform, sample
+from dsm_train.rollout.sampling import counter_uniform, sample, sample_counter
 from dsm_train.types import Prompt, Rollouts, Sequences, offsets
 from triton_kernels import PackedLayout
 
@@ -131,7 +131,8 @@ class _Decoding:
         self.prompt_length_P = torch.tensor([len(p.token) for p in prompts], device=device)
         self.prompt_of_B = torch.arange(len(prompts), device=device).repeat_interleave(num_samples)
         self.prompt_id_B = torch.tensor([p.id for p in prompts], device=device)[self.prompt_of_B]
-        self.sample_B = torch.arange(num_samples, device=device).repeat(len(prompts))
+        occurrence_P = torch.tensor([p.occurrence for p in prompts], dtype=torch.int64, device=device)
+        self.sample_B = sample_counter(torch.arange(num_samples, device=device), occurrence_P)
         self.stop_ids = engine.stop_ids.to(device)
         self.token_BR = torch.zeros(rows, sampling.max_new_tokens, dtype=torch.int64, device=device)
         self.logprob_BR = torch.zeros(rows, sampling.max_new_tokens, device=device)

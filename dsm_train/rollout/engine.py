@@ -24,7 +24,7 @@ class RolloutEngine(Protocol):
     def generate(self, prompts: Sequence[Prompt], num_samples: int, sampling: SamplingConfig, *, step: int) -> Rollouts:
         """`num_samples` responses to each prompt.
 
-        The random number of a token is a function of (engine's seed, step, prompt id, sample index, position): the same
-        arguments and weights give the same responses.
+        The random number of a token is a function of (engine's seed, step, prompt id, occurrence of the prompt, sample
+        index, position): the same arguments and weights give the same responses.
         """
         ...

@@ -31,8 +31,16 @@ def _mix(x: Tensor) -> Tensor:
     return x ^ _shift_right(x, 31)
 
 
+def sample_counter(sample_G: Tensor, occurrence_P: Tensor) -> Tensor:
+    """Counter of each sample of each prompt, int64 [P * G]: different for every pair, and the sample's at occurrence 0."""
+    return (sample_G | (occurrence_P << 32)[:, None]).flatten()
+
+
 def counter_uniform(seed: int, step: int, prompt_id_B: Tensor, sample_B: Tensor, position_B: Tensor) -> Tensor:
-    """Uniform numbers in (0, 1), fp64 [B], each a function of its five counters alone: the same on every device."""
+    """Uniform numbers in (0, 1), fp64 [B], each a function of its five counters alone: the same on every device.
+
+    sample_B: `sample_counter` of the sample's index and of the prompt's occurrence within the stage.
+    """
     state = _mix(torch.full_like(prompt_id_B, seed))
     for counter in (step, prompt_id_B, sample_B, position_B):
         state = _mix(state ^ counter)

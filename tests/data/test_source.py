@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from dsm_train.data.config import DataConfig
-from dsm_train.data.source import draw, load_tasks, make_tokenizer
+from dsm_train.data.source import draw, load_tasks, make_tokenizer, occurrences
 from dsm_train.data.tasks import Task
 
 TASKS = [Task(id=i, prompt=f"{i}", answer=str(i), solution=None) for i in range(10)]
@@ -35,6 +35,14 @@ def test_a_draw_is_a_function_of_its_step_and_seed() -> None:
     assert [[task.id for task in draw(TASKS, 4, step, seed=1)] for step in range(6)] != ids
     # the batch size cuts the same endless sequence elsewhere
     assert [t.id for t in draw(TASKS, 2, 0, 0) + draw(TASKS, 2, 1, 0)] == ids[0]
+
+
+def test_occurrences_number_the_draws_of_each_task() -> None:
+    assert occurrences([TASKS[n] for n in (3, 3, 1, 3, 1)]) == [0, 1, 0, 2, 1]
+    # where two passes meet within a step
+    drawn = draw(TASKS, 16, 0, seed=0)
+    assert sorted(occurrences(drawn)) == [0] * 10 + [1] * 6
+    assert len(set(zip([t.id for t in drawn], occurrences(drawn), strict=True))) == 16
 
 
 def test_generated_tasks_take_what_was_asked() -> None:

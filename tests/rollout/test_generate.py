@@ -104,6 +104,16 @@ def test_every_counter_changes_the_responses(change: str, policy: Model) -> None
     assert sum(base[2 * p] != base[2 * p + 1] for p in range(4)) >= 3  # samples of a group differ
 
 
+def test_a_task_that_is_drawn_again_gets_other_responses(policy: Model) -> None:
+    engine = EmbeddedEngine(policy, [], seed=0)  # nothing stops early: 12 tokens of 50 do not meet by chance
+    drawn = [Prompt(7, PROMPTS[0].token, occurrence) for occurrence in range(8)]
+    rollouts = engine.generate(drawn, 4, SAMPLING, step=0)
+    assert len({tuple(response) for response in responses(rollouts)}) == 32
+    # wherever the draw is computed: a replica that has the odd ones answers them alike
+    odd = responses(engine.generate(drawn[1::2], 4, SAMPLING, step=0))
+    assert odd == [r for p in range(1, 8, 2) for r in responses(rollouts)[4 * p : 4 * p + 4]]
+
+
 def test_a_response_does_not_depend_on_its_company(policy: Model) -> None:
     engine = EmbeddedEngine(policy, STOP, seed=0)
     together = engine.generate(PROMPTS, 4, SAMPLING, step=0)

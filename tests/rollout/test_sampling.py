@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from dsm_train.rollout.config import SamplingConfig
-from dsm_train.rollout.sampling import counter_uniform, sample
+from dsm_train.rollout.sampling import counter_uniform, sample, sample_counter
 
 LOGITS_V = torch.tensor([2.0, 1.0, 0.5, 0.0, -1.0, -30.0])
 
@@ -43,6 +43,13 @@ def test_neighbouring_counters_are_independent() -> None:
     u = counter_uniform(0, 0, zero, zero, position)
     cell = (u[:-1] * 10).long() * 10 + (u[1:] * 10).long()
     assert chi_square(torch.bincount(cell, minlength=100).double(), torch.full((100,), 999.99).double()) < 149
+
+
+def test_a_first_occurrence_counts_as_none_and_every_other_pair_differs() -> None:
+    counter = sample_counter(torch.arange(64), torch.arange(100))
+    assert torch.equal(counter[:64], torch.arange(64)) and counter.unique().numel() == 6400
+    u = counter_uniform(0, 0, torch.zeros_like(counter), counter, torch.zeros_like(counter))
+    assert u.unique().numel() == 6400
 
 
 def test_numbers_depend_on_every_counter_and_on_nothing_else() -> None:
