@@ -81,6 +81,12 @@ def arithmetic_tasks(
     return tasks
 
 
+def count_tasks(kinds: Sequence[str], split: str, *, digits: int = 2) -> int:
+    """Count the tasks that `arithmetic_tasks` can give."""
+    _check(kinds, split, STYLES[0], digits)
+    return sum(len(_Pool(kind, split, 10**digits)) for kind in kinds)
+
+
 def _check(kinds: Sequence[str], split: str, style: str, digits: int) -> None:
     if isinstance(kinds, str) or not kinds or len(set(kinds)) < len(kinds) or not set(kinds) <= set(KINDS):
         raise ValueError(f"kinds must be a list of different names out of {', '.join(KINDS)}, got {kinds!r}")

@@ -2,49 +2,56 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from dsm_train.config import require
+from dsm_train.config import at_least, require
+
+# A backslash and an n, unless they begin one of LaTeX's commands.
+_UNREAD_NEWLINE = re.compile(r"\\n(?!(?:abla|e|eq|eg|i|ot|u|ewline)(?![A-Za-z]))")
 
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Where questions come from: the built-in generator, or JSONL files of questions and answers."""
+    """Questions with checkable answers, from the built-in generator or from JSONL files, and the tokenizer."""
 
+    source: Literal["generated", "file"] | None = None
+    """Where questions come from; none: from path where it is given, else generated."""
     path: Path | None = None
-    """JSONL file of training questions (GSM8K's format); none: the built-in generator."""
+    """JSONL file of training questions (GSM8K's format)."""
     heldout_path: Path | None = None
-    """JSONL file of held-out questions; none: heldout_tasks of path, drawn by seed."""
+    """JSONL file of held-out questions, none of which is trained on; none: heldout_tasks of path."""
     prompt_template: str = "Question: {question}\nAnswer:"
     """Prompt made from a question of a JSONL file."""
+    too_long: Literal["error", "skip"] = "error"
+    """A prompt that leaves no room for its response ends the start, or its task is left out, which is said."""
     kinds: tuple[str, ...] = ("add",)
     """Kinds of generated tasks: add, sub, mul, word."""
     style: Literal["answer", "steps"] = "answer"
     """Solutions of generated tasks: the answer alone, or worked steps."""
     train_tasks: int | None = None
     """Use this many training tasks; none: all there are."""
-    heldout_tasks: int = 500
-    """Tasks that are held out for evaluation."""
-    vocab_size: int = 320
-    """Vocabulary of the tokenizer that is trained at start, when tokenizer is not given."""
+    heldout_tasks: int | None = None
+    """Evaluate on this many held-out tasks; none: all of heldout_path, 500 generated ones, or a tenth of path, at most
+    500. A hash of the question chooses them from path, whatever the seed; fewer are a part of more."""
+    vocab_size: int | None = None
+    """Largest vocabulary of the tokenizer that is trained at start when none is given; none: 320."""
     tokenizer: Path | None = None
-    """Tokenizer: a folder, or a tokenizer.json; none: one is trained at start on the training tasks."""
+    """Tokenizer: a folder, or a tokenizer.json; none: that of run.init, or one trained at start on training tasks."""
     seed: int = 0
-    """Seed of the generator and of the split."""
+    """Seed of the generator and of the order of tasks; no task changes sides by it."""
 
     def __post_init__(self) -> None:
-        require(self.heldout_tasks >= 1, "heldout_tasks", "at least 1", self.heldout_tasks)
+        at_least(1, self, "train_tasks", "heldout_tasks")
+        template = self.prompt_template
+        require("{question}" in template, "prompt_template", "text with {question} in it", repr(template))
+        rule = "text whose line breaks are real: $'...\\n...' in a shell, \"...\\n...\" in a recipe"
+        require(not _UNREAD_NEWLINE.search(template), "prompt_template", rule, template)
         require(
-            "{question}" in self.prompt_template,
-            "prompt_template",
-            "text with {question} in it",
-            repr(self.prompt_template),
+            self.heldout_path is None or self.path is not None, "heldout_path", "given with path", self.heldout_path
         )
-        require(
-            self.heldout_path is None or self.path is not None,
-            "heldout_path",
-            "given with path",
-            self.heldout_path,
-        )
+        require(self.source != "generated" or self.path is None, "path", "left out when source is generated", self.path)
+        rule = f"left out beside tokenizer = {self.tokenizer}, which has its own"
+        require(self.vocab_size is None or self.tokenizer is None, "vocab_size", rule, self.vocab_size)

@@ -1,7 +1,7 @@
 """Question/answer files: one JSON object per line, as GSM8K has it.
 
 {"question": "...", "answer": "48/2 = <<48/2=24>>24 clips in May.\\n#### 24"}, or just
-{"question": "...", "answer": "24"}.
+{"question": "...", "answer": "24"}, or {"question": "...", "answer": 24}.
 """
 
 from __future__ import annotations
@@ -14,17 +14,23 @@ from dsm_train.data.tasks import Task
 from dsm_train.rewards.numeric import parse_number
 
 _CALCULATOR = re.compile(r"<<[^<>]*>>")
+_DECIMAL_COMMA = re.compile(r"[0-9],[0-9]")
+
+
+class _Number(str):
+    """A JSON number, as it is written in the file."""
 
 
 def read_jsonl(path: str | Path, *, prompt_template: str = "Question: {question}\nAnswer:") -> list[Task]:
     r"""Read every task of a file; blank lines are skipped, and `Task.id` is the line number.
 
-    The gold answer is what follows the last "#### ", without its thousands commas, and the solution is the answer's
-    text without calculator annotations. An answer without "####" is the gold itself, and there is no solution.
+    The gold answer is what follows the last "####", and the solution is the answer's text without calculator
+    annotations. An answer without "####" is the gold itself, and there is no solution. Gold answers are read as those
+    of responses are, by `parse_number`; their thousands commas are then left out, which changes no number.
     `prompt_template` may hold braces of its own, as in "\boxed{}".
 
     Raises ValueError, one line with path:line and what to do, for a file that cannot be read or holds no task, for
-    malformed JSON, and for a field that is missing, empty, not a string or without a numeric answer.
+    malformed JSON, and for a field that is missing, empty, of another type or without a numeric answer.
     """
     if "{question}" not in prompt_template:
         raise ValueError(f"prompt_template must hold '{{question}}', got {prompt_template!r}")
@@ -46,31 +52,34 @@ def read_jsonl(path: str | Path, *, prompt_template: str = "Question: {question}
 
 def _task(number: int, line: bytes, prompt_template: str) -> Task:
     try:
-        record = json.loads(line.decode("utf-8"))
+        record = json.loads(line.decode("utf-8"), parse_int=_Number, parse_float=_Number)
     except UnicodeDecodeError as error:
         raise ValueError(f"is not UTF-8 (byte {error.start} of the line): save the file as UTF-8") from error
     except (json.JSONDecodeError, RecursionError) as error:
         raise ValueError(f"is not JSON ({error}): write one object per line") from error
     if not isinstance(record, dict):
         raise ValueError(f"must be a JSON object with question and answer, got a {type(record).__name__}")
-    question, text = _field(record, "question"), _field(record, "answer")
+    question, text = _field(record, "question"), _field(record, "answer", or_number=True)
     worked, mark, gold = text.rpartition("####")
-    gold = gold.strip().replace(",", "")
+    gold = gold.strip()
     if parse_number(gold) is None:
-        raise ValueError(f"answer must be a number or end in '#### number', got {text[-60:]!r}")
+        hint = ": write a decimal point; a comma separates thousands" if _DECIMAL_COMMA.search(gold) else ""
+        raise ValueError(f"answer must be a number or end in '#### number', got {text[-60:]!r}{hint}")
+    gold = gold.replace(",", "")
     solution = None
     if mark:
         worked = _CALCULATOR.sub("", worked).rstrip()
         solution = f"{worked}\n#### {gold}".lstrip("\n")
-    return Task(id=number, prompt=prompt_template.replace("{question}", question), answer=gold, solution=solution)
+    return Task(number, prompt_template.replace("{question}", question), gold, solution, question)
 
 
-def _field(record: dict[str, object], name: str) -> str:
+def _field(record: dict[str, object], name: str, *, or_number: bool = False) -> str:
     if name not in record:
         raise ValueError(f"has no field {name!r} (fields: {', '.join(record) or 'none'}): add or rename it")
     value = record[name]
-    if not isinstance(value, str):
-        raise ValueError(f"{name} must be a string, got {value!r:.60}: put it in quotes")
+    if not isinstance(value, str) or (isinstance(value, _Number) and not or_number):
+        kinds = "a string or a number" if or_number else "a string"
+        raise ValueError(f"{name} must be {kinds}, got {value!r:.60}: put it in quotes")
     if not value.strip():
         raise ValueError(f"{name} is empty: fill it or remove the line")
     try:

@@ -9,7 +9,7 @@ import pytest
 
 from dsm_train.data.jsonl import read_jsonl
 from dsm_train.data.tasks import Task
-from dsm_train.rewards import numeric_reward
+from dsm_train.rewards import numeric_reward, parse_number
 
 
 def write(path: Path, *records: object) -> Path:
@@ -21,14 +21,26 @@ def test_gsm8k_format(tmp_path: Path) -> None:
     worked = "She sold 48/2 = <<48/2=24>>24 clips in May.\nThat is $<<24*50=1200>>1,200.\n#### 1,200"
     path = write(tmp_path / "a.jsonl", {"question": "How much?", "answer": worked})
     solution = "She sold 48/2 = 24 clips in May.\nThat is $1,200.\n#### 1200"
-    assert read_jsonl(path) == [Task(1, "Question: How much?\nAnswer:", "1200", solution)]
+    assert read_jsonl(path) == [Task(1, "Question: How much?\nAnswer:", "1200", solution, "How much?")]
     assert numeric_reward(solution, "1200") == 1.0
 
 
-@pytest.mark.parametrize(("answer", "gold"), [("72", "72"), (" -1,234.5 ", "-1234.5"), ("1/2", "1/2"), ("$5", "$5")])
-def test_plain_answers_have_no_solution(tmp_path: Path, answer: str, gold: str) -> None:
+@pytest.mark.parametrize(
+    ("answer", "gold"),
+    [("72", "72"), (" -1,234.5 ", "-1234.5"), ("1/2", "1/2"), ("$5", "$5")]
+    # numbers of JSON, digit for digit
+    + [(72, "72"), (-0.1, "-0.1"), (1e30, "1e+30"), (10**40, "1" + "0" * 40)],
+)
+def test_plain_answers_have_no_solution(tmp_path: Path, answer: object, gold: str) -> None:
     path = write(tmp_path / "a.jsonl", {"question": "q", "answer": answer, "source": "extra fields are ignored"})
-    assert read_jsonl(path) == [Task(1, "Question: q\nAnswer:", gold, None)]
+    assert read_jsonl(path) == [Task(1, "Question: q\nAnswer:", gold, None, "q")]
+
+
+@pytest.mark.parametrize("gold", ["1,200", "$1,234.50", "\u22125", "5 km/h", "1/3", ".5", "-3", "50%", "\\frac{1}{2}"])
+def test_gold_answers_are_read_as_responses_are(tmp_path: Path, gold: str) -> None:
+    (task,) = read_jsonl(write(tmp_path / "a.jsonl", {"question": "q", "answer": f"so #### {gold}"}))
+    assert numeric_reward(f"#### {gold}", task.answer) == numeric_reward(task.solution or "", task.answer) == 1.0
+    assert parse_number(task.answer) == parse_number(gold)
 
 
 def test_a_mark_without_work_is_a_solution(tmp_path: Path) -> None:
@@ -66,7 +78,16 @@ def test_template_keeps_its_own_braces(tmp_path: Path) -> None:
         (b"{}", "no field 'question'.*none"),
         (b'{"question": " ", "answer": "1"}', "question is empty"),
         (b'{"question": "q", "answer": ""}', "answer is empty"),
-        (b'{"question": "q", "answer": 72}', "answer must be a string, got 72"),
+        (b'{"question": "q", "answer": true}', "answer must be a string or a number, got True"),
+        (b'{"question": "q", "answer": NaN}', "answer must be a string or a number, got nan"),
+        (b'{"question": "q", "answer": [7]}', "answer must be a string or a number, got \\["),
+        (b'{"question": 72, "answer": "1"}', "question must be a string, got '72'"),
+        # a decimal comma, or a slip in a thousand: either reading would be a guess
+        (b'{"question": "q", "answer": "0,5"}', "answer must be a number.*'0,5': write a decimal point; a comma sep"),
+        (b'{"question": "q", "answer": "#### 1,2"}', "'#### 1,2': write a decimal point"),
+        (b'{"question": "q", "answer": "1.234,56"}', "'1.234,56': write a decimal point"),
+        (b'{"question": "q", "answer": "12,34"}', "'12,34': write a decimal point"),
+        (b'{"question": "q", "answer": "5k"}', "answer must be a number.*'5k'$"),
         (b'{"question": null, "answer": "1"}', "question must be a string, got None"),
         (b'{"question": "q", "answer": "seventy"}', "answer must be a number.*'seventy'"),
         (b'{"question": "q", "answer": "so 5\\n####"}', "answer must be a number"),
