@@ -9,7 +9,7 @@ from dsm_train.config import at_least
 
 @dataclass(frozen=True)
 class EvalConfig:
-    """Evaluation on held-out tasks."""
+    """Evaluation on held-out tasks; rewards.unfinished says how it takes responses that were cut off."""
 
     every: int = 0
     """Evaluate every so many steps (greedy accuracy); 0: only before and after."""

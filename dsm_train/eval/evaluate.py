@@ -11,44 +11,46 @@ import torch
 from dsm_train.data.tasks import Task
 from dsm_train.data.tokenizer import Tokenizer
 from dsm_train.megatron.parallel import Parallel
-from dsm_train.rewards import numeric_reward
+from dsm_train.rewards.grader import Grader
 from dsm_train.rollout.config import SamplingConfig
 from dsm_train.rollout.engine import RolloutEngine
+from dsm_train.rollout.score import verdicts
 from dsm_train.types import Prompt
 
 
 @dataclass(frozen=True)
 class Evaluator:
-    """Asks an engine for answers to tasks and counts the right ones."""
+    """Asks an engine for answers to tasks, and counts those that the grader finds correct."""
 
     engine: RolloutEngine
     tokenizer: Tokenizer
     parallel: Parallel
     sampling: SamplingConfig
+    grader: Grader
 
     def greedy_accuracy(self, tasks: Sequence[Task]) -> float:
-        """Share of tasks (over all data-parallel ranks) whose greedy response is right."""
+        """Measure the share of tasks, over all data-parallel replicas, whose greedy response is correct. Collective."""
         sampling = replace(self.sampling, temperature=0.0, top_p=1.0, top_k=0)
         correct = self._correct(tasks, 1, sampling)
         return self._mean([float(c) for c in correct])
 
     def pass_at_k(self, tasks: Sequence[Task], num_samples: int) -> dict[int, float]:
-        """pass@k for k = 1, 2, 4, ... up to num_samples, by the unbiased estimator of Chen et al., arXiv 2107.03374."""
+        """Estimate pass@k for k = 1, 2, 4, ... up to num_samples, unbiased (Chen et al., arXiv:2107.03374)."""
         correct = self._correct(tasks, num_samples, self.sampling)
         ks = [k for k in (2**i for i in range(20)) if k <= num_samples]
         return {k: self._mean([pass_at_k(num_samples, c, k) for c in correct]) for k in ks}
 
     def _correct(self, tasks: Sequence[Task], num_samples: int, sampling: SamplingConfig) -> list[int]:
-        """Number of right responses to each of this replica's tasks."""
+        """Count the correct responses to each of this replica's tasks."""
         self.parallel.watchdog.enter("evaluation")
         mine = tasks[self.parallel.dp_rank :: self.parallel.dp_size]
         prompts = [Prompt(task.id, self.tokenizer.encode(task.prompt)) for task in mine]
         # No training step has this number, so evaluation never shares its random numbers with training.
         rollouts = self.engine.generate(prompts, num_samples, sampling, step=-1)
         correct = [0] * len(mine)
-        for s, p in enumerate(rollouts.sequences.prompt_of_response_S.tolist()):
-            response = self.tokenizer.decode(rollouts.sequences.response(s).tolist())
-            correct[p] += numeric_reward(response, mine[p].answer) == 1.0
+        graded = verdicts(rollouts, mine, self.tokenizer, self.grader)
+        for p, verdict in zip(rollouts.sequences.prompt_of_response_S.tolist(), graded, strict=True):
+            correct[p] += verdict.correct
         return correct
 
     def _mean(self, values: Sequence[float]) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Literal
 
 
 @dataclass(frozen=True)
@@ -14,6 +15,9 @@ class RewardConfig:
     """Weight of stating the gold answer, exactly."""
     format: float = 0.0
     """Weight of ending in one line "#### number" that states the answer for the only time."""
+    unfinished: Literal["zero", "keep"] = "zero"
+    """Responses that the length limit cut off earn nothing and count as wrong in evaluation ("#### 12" may be the
+    beginning of "#### 125"), or are graded as they stand (keep)."""
 
     def __post_init__(self) -> None:
         """Refuse weights under which nothing can be learned."""

@@ -32,7 +32,7 @@ def _mix(x: Tensor) -> Tensor:
 
 
 def sample_counter(sample_G: Tensor, occurrence_P: Tensor) -> Tensor:
-    """Counter of each sample of each prompt, int64 [P * G]: different for every pair, and the sample's at occurrence 0."""
+    """Number each sample of each prompt, int64 [P * G]: no two pairs alike, and the sample's index at occurrence 0."""
     return (sample_G | (occurrence_P << 32)[:, None]).flatten()
 
 

@@ -1,4 +1,4 @@
-"""From rollouts to scored rollouts, samples to read, and the numbers of a step.
+"""Grading of rollouts, samples for people to read, and the metrics of a step.
 
 P prompts, S responses, T response tokens.
 """
@@ -13,22 +13,28 @@ import torch
 from dsm_train.data.tasks import Task
 from dsm_train.data.tokenizer import Tokenizer
 from dsm_train.reporting.metrics import Sample
-from dsm_train.rewards import RewardConfig, reward
+from dsm_train.rewards.grader import Grader, Verdict
 from dsm_train.types import Rollouts
 
 
-def score(rollouts: Rollouts, tasks: Sequence[Task], tokenizer: Tokenizer, config: RewardConfig) -> Rollouts:
-    """Rewards by rule: `tasks[p]` is the task of prompt p."""
+def verdicts(rollouts: Rollouts, tasks: Sequence[Task], tokenizer: Tokenizer, grader: Grader) -> list[Verdict]:
+    """Judge every response: `tasks[p]` is the task of prompt p."""
     sequences = rollouts.sequences
-    rewards = [
-        reward(tokenizer.decode(sequences.response(s).tolist()), tasks[p].answer, config)
-        for s, p in enumerate(sequences.prompt_of_response_S.tolist())
-    ]
+    return grader.grade(
+        [tokenizer.decode(sequences.response(s).tolist()) for s in range(sequences.num_responses)],
+        [tasks[p] for p in sequences.prompt_of_response_S.tolist()],
+        rollouts.finished_S.tolist(),
+    )
+
+
+def score(rollouts: Rollouts, tasks: Sequence[Task], tokenizer: Tokenizer, grader: Grader) -> Rollouts:
+    """Reward every response: `tasks[p]` is the task of prompt p."""
+    rewards = [verdict.reward for verdict in verdicts(rollouts, tasks, tokenizer, grader)]
     return replace(rollouts, reward_S=torch.tensor(rewards, dtype=torch.float32))
 
 
 def shuffle_rewards(rollouts: Rollouts, seed: int, step: int) -> Rollouts:
-    """Control experiment: the same rewards on other responses, so that they carry no information."""
+    """Permute the rewards within the step, so that they carry no information (a control experiment)."""
     generator = torch.Generator().manual_seed(hash((seed, step)) & 0x7FFFFFFF)
     assert rollouts.reward_S is not None
     order = torch.randperm(rollouts.reward_S.numel(), generator=generator)
@@ -36,7 +42,7 @@ def shuffle_rewards(rollouts: Rollouts, seed: int, step: int) -> Rollouts:
 
 
 def read_samples(rollouts: Rollouts, tasks: Sequence[Task], tokenizer: Tokenizer, count: int) -> list[Sample]:
-    """The first response of each of the first `count` groups, as a person would read it."""
+    """Write out the first response of each of the first `count` groups, for people to read."""
     assert rollouts.reward_S is not None
     samples = []
     for p, task in enumerate(tasks[:count]):
@@ -54,7 +60,7 @@ def read_samples(rollouts: Rollouts, tasks: Sequence[Task], tokenizer: Tokenizer
 
 
 def rollout_metrics(rollouts: Rollouts) -> dict[str, float]:
-    """What a step's rollouts were like, on this replica."""
+    """Summarise a step's rollouts, on this replica."""
     sequences = rollouts.sequences
     assert rollouts.reward_S is not None
     reward_PG = rollouts.reward_S.view(sequences.num_prompts, -1)

@@ -12,6 +12,7 @@ from dsm_train.data.tasks import Task
 from dsm_train.eval.evaluate import Evaluator
 from dsm_train.megatron.step import Model
 from dsm_train.prepare import check_lengths, prepare
+from dsm_train.rewards.grader import Grader
 from dsm_train.rollout.embedded import EmbeddedEngine
 from dsm_train.run import start
 from dsm_train.types import Prompt
@@ -26,7 +27,7 @@ def evaluate(config: EvaluateConfig) -> None:
         tokenizer, heldout = questions.tokenizer, questions.tasks.heldout
         model = Model.build(job.language_model(tokenizer.vocab_size), job.parallel)
         engine = EmbeddedEngine(model, [tokenizer.eos_id], config.run.seed)
-        evaluator = Evaluator(engine, tokenizer, job.parallel, config.sampling)
+        evaluator = Evaluator(engine, tokenizer, job.parallel, config.sampling, Grader(config.rewards))
         result: dict[str, Any] = {"tasks": len(heldout), "greedy_accuracy": evaluator.greedy_accuracy(heldout)}
         if config.eval.samples:
             result["pass_at_k"] = evaluator.pass_at_k(heldout, config.eval.samples)

@@ -21,6 +21,7 @@ from dsm_train.megatron.parallel import Parallel
 from dsm_train.megatron.step import TrainableModel
 from dsm_train.prepare import Questions, prepare
 from dsm_train.reporting.report import learning_curve
+from dsm_train.rewards.grader import Grader
 from dsm_train.rollout.embedded import EmbeddedEngine
 from dsm_train.run import Job, start
 from dsm_train.types import Sequences
@@ -38,7 +39,8 @@ def train_sft(config: SftConfig) -> None:
         spec = job.language_model(tokenizer.vocab_size)
         model = TrainableModel.build(spec, job.parallel, config.sft.optim, config.sft.steps)
         engine = EmbeddedEngine(model, [tokenizer.eos_id], config.run.seed)
-        supervise(job, questions, model, config.sft, Evaluator(engine, tokenizer, job.parallel, config.sampling))
+        evaluator = Evaluator(engine, tokenizer, job.parallel, config.sampling, Grader(config.rewards))
+        supervise(job, questions, model, config.sft, evaluator)
         job.save(model, tokenizer)
         if job.parallel.is_main:
             learning_curve(config.run.out / "metrics.jsonl", config.run.out / "curve.png")

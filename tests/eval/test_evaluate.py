@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from typing import Literal
 
 import pytest
 import torch
@@ -12,18 +13,21 @@ from dsm_train.data.tasks import Task
 from dsm_train.data.tokenizer import Tokenizer, train_tokenizer
 from dsm_train.eval.evaluate import Evaluator, pass_at_k
 from dsm_train.megatron.parallel import Parallel
+from dsm_train.rewards import RewardConfig
+from dsm_train.rewards.grader import Grader
 from dsm_train.rollout.config import SamplingConfig
 from dsm_train.types import Prompt, Rollouts, Sequences
 
 TASKS = [Task(id=i, prompt=f"{i}+1=", answer=str(i + 1), solution=None) for i in range(7)]
+GRADER = Grader(RewardConfig())
 SAMPLING = SamplingConfig(temperature=0.7, top_p=0.9, top_k=5, max_new_tokens=4)
 
 
 class Scripted:
     """An engine whose sample i of task n is right when i < right[n]; it notes what it was asked."""
 
-    def __init__(self, tokenizer: Tokenizer, right: Sequence[int]) -> None:
-        self.tokenizer, self.right = tokenizer, right
+    def __init__(self, tokenizer: Tokenizer, right: Sequence[int], finished: bool = True) -> None:
+        self.tokenizer, self.right, self.finished = tokenizer, right, finished
         self.calls: list[tuple[list[int], int, SamplingConfig, int]] = []
 
     def generate(self, prompts: Sequence[Prompt], num_samples: int, sampling: SamplingConfig, *, step: int) -> Rollouts:
@@ -33,7 +37,12 @@ class Scripted:
         sequences = Sequences.from_lists([p.token for p in prompts], responses, num_samples)
         T, S = sequences.response_token_T.numel(), sequences.num_responses
         return Rollouts(
-            sequences, torch.tensor([p.id for p in prompts]), torch.zeros(T), torch.ones(T), torch.ones(S).bool(), 0
+            sequences,
+            torch.tensor([p.id for p in prompts]),
+            torch.zeros(T),
+            torch.ones(T),
+            torch.full((S,), self.finished),
+            0,
         )
 
 
@@ -44,7 +53,7 @@ def tokenizer() -> Tokenizer:
 
 def test_greedy_accuracy_counts_right_answers(tokenizer: Tokenizer, layout: Parallel) -> None:
     engine = Scripted(tokenizer, [1, 0, 1, 1, 0, 1, 0])
-    evaluator = Evaluator(engine, tokenizer, layout, SAMPLING)
+    evaluator = Evaluator(engine, tokenizer, layout, SAMPLING, GRADER)
     assert evaluator.greedy_accuracy(TASKS) == pytest.approx(4 / 7)
     # every task once; greedy, untruncated; at a step that no training step has
     assert [ids for ids, *_ in engine.calls] == [[0, 1, 2, 3, 4, 5, 6]]
@@ -52,10 +61,20 @@ def test_greedy_accuracy_counts_right_answers(tokenizer: Tokenizer, layout: Para
     assert all(call[1:] == (1, greedy, -1) for call in engine.calls)
 
 
+@pytest.mark.parametrize(("unfinished", "share"), [("zero", 0.0), ("keep", 4 / 7)])
+def test_the_grader_says_what_is_correct(
+    unfinished: Literal["zero", "keep"], share: float, tokenizer: Tokenizer, layout: Parallel
+) -> None:
+    engine = Scripted(tokenizer, [1, 0, 1, 1, 0, 1, 0], finished=False)
+    # a weight of the answer that is not 1 makes no answer wrong
+    grader = Grader(RewardConfig(numeric=0.5, unfinished=unfinished))
+    assert Evaluator(engine, tokenizer, layout, SAMPLING, grader).greedy_accuracy(TASKS) == pytest.approx(share)
+
+
 def test_pass_at_k_averages_over_tasks(tokenizer: Tokenizer, layout: Parallel) -> None:
     right = [4, 0, 1, 2, 3, 0, 4]
     engine = Scripted(tokenizer, right)
-    evaluator = Evaluator(engine, tokenizer, layout, SAMPLING)
+    evaluator = Evaluator(engine, tokenizer, layout, SAMPLING, GRADER)
     result = evaluator.pass_at_k(TASKS, 4)
     assert list(result) == [1, 2, 4]
     assert result[1] == pytest.approx(sum(right) / 28)

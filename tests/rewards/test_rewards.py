@@ -8,7 +8,7 @@ from fractions import Fraction
 
 import pytest
 
-from dsm_train.rewards import RewardConfig, extract_number, format_reward, numeric, numeric_reward, parse_number, reward
+from dsm_train.rewards import RewardConfig, extract_number, format_reward, numeric, numeric_reward, parse_number
 
 
 @pytest.mark.parametrize(
@@ -306,16 +306,6 @@ def test_format_pattern_can_be_given() -> None:
     assert format_reward("<think>x</think>\n<answer>5</answer>", pattern) == 1.0
     assert format_reward("<answer>4</answer>\n<answer>5</answer>", pattern) == 0.0
     assert format_reward("#### 5", pattern) == 0.0
-
-
-@pytest.mark.parametrize(
-    ("response", "numeric", "form"),
-    [("#### 72", 1, 1), ("72", 1, 0), ("#### 71", 0, 1), ("71", 0, 0)],
-)
-def test_reward_is_the_weighted_sum(response: str, numeric: int, form: int) -> None:
-    assert reward(response, "72", RewardConfig()) == numeric
-    assert reward(response, "72", RewardConfig(numeric=2.0, format=0.5)) == 2.0 * numeric + 0.5 * form
-    assert reward(response, "72", RewardConfig(numeric=0.0, format=0.5)) == 0.5 * form
 
 
 @pytest.mark.parametrize("weights", [(-1.0, 1.0), (float("nan"), 0.0), (1.0, float("inf")), (0.0, 0.0)])

@@ -166,3 +166,25 @@ def test_the_edges_of_the_unit_interval_give_possible_tokens(u: float) -> None:
 def test_sampling_without_numbers_raises() -> None:
     with pytest.raises(ValueError, match="random numbers"):
         sample(LOGITS_V[None], None, SamplingConfig())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"temperature": -1}, "temperature must be at least 0 and finite; got -1"),
+        ({"temperature": float("nan")}, "temperature must be"),
+        ({"temperature": float("inf")}, "temperature must be"),
+        ({"top_p": 0.0}, "top_p must be above 0"),
+        ({"top_k": -1}, "top_k must be at least 0"),
+        ({"batch": 0}, "batch must be at least 1"),
+    ],
+)
+def test_values_that_cannot_be(arguments: dict[str, float], message: str) -> None:
+    with pytest.raises(ValueError, match=f"^{message}"):
+        SamplingConfig(**arguments)  # type: ignore[arg-type]
+
+
+def test_truncation_is_said_where_it_is_in_effect() -> None:
+    assert SamplingConfig().notes() == SamplingConfig(temperature=0, top_p=0.5).notes() == []
+    (line,) = SamplingConfig(top_p=0.9, top_k=5).notes()
+    assert line.startswith("sampling.top_p = 0.9 and sampling.top_k = 5: ") and "log-probabilities of the full" in line
