@@ -11,10 +11,11 @@ Which number a text states, in this order:
 A text that declares something else ("#### 1, 2", "\boxed{x+1}", a box that never closes) states none, and no later rule
 is tried: what is not understood is no verdict, never another number. Gold answers are read by the same function.
 
-* % is a unit: 50% is 50, never 0.5. A word of scale is none: "2 million", "2 dozen", "5k", "3 halves", "5 and a half".
+* % is a unit: 50% is 50, never 0.5. A word of scale is none: "2 million", "2 dozen", "5k", "3 halves", "5 and a half";
+  so are two units: "5 hours 30 minutes".
 * A comma separates thousands, and only there: 1,234 is one number, "1,2" and "0,5" are none.
-* 3/4 is a fraction and 5 × 10^3 is 5000; 12:30, 1/2/2024, 3.2.1, 10^3, 5-7, 6*7, "1 1/2", √5 and 2π are none, also for
-  rule 4, which looks at the last thing that has the shape of a number and does not go back to an earlier one.
+* 3/4 is a fraction and 5 × 10^3 is 5000; 12:30, 1/2/2024, 3.2.1, 10^3, 5-7, 6*7, "1 1/2", √5, log 5 and 2π are none. Rule 4
+  as well looks at the last thing that has the shape of a number and does not go back to an earlier one.
 * Every dash is a minus sign where a sign can stand; "negative 5" is -5. A dash after a word ("x-5", "total - 5") may be
   a minus, a hyphen or punctuation: none.
 * Digits inside a word (H2O, x2) are letters. ASCII and full-width digits count.
@@ -57,15 +58,21 @@ _CLAUSE_END = re.compile(r"[.,;!?](?:\s+[A-Za-z]|\s*$)|\n")
 _ODD = "²³¹¼-¾٠-٩۰-۹०-९⁰-₉⅐-↉①-⒛"  # digits, powers and fractions that are not read
 _RUN = rf"[0-9{_ODD}](?:[0-9A-Za-z_.,:/%+*×·'’{_ODD}-]|\^\{{?|(?<=\^\{{)-|(?<=[0-9])\}})*(?:\\[A-Za-z]+|π)?"
 _LEAD = rf"[{_CURRENCY}]?(?:(?<![\w)])[-+])?[{_CURRENCY}]?\.?"
-_DOUBT = r"(?<=[\w)])(?:[ ]-[ ]|-)|[\^_]\{?-?|\\[A-Za-z]+(?:\[[0-9]*\])?\{?|[√±][(]?|\}?\{"
+_FUNCTION = r"\b(?:sqrt|log|ln|sin|cos|tan|exp|mod)[ (]{0,2}"
+_DOUBT = rf"(?<=[\w)])(?:[ ]-[ ]|-)|[\^_]\{{?-?|\\[A-Za-z]+(?:\[[0-9]*\])?\{{?|[√±][(]?|\}}?\{{|{_FUNCTION}"
 _PART = r"(?:half|halves|third|quarter|fourth|fifth|sixth|seventh|eighth|ninth|tenth|hundredth|thousandth|millionth)s?"
 _SCALE = (
     r"(?:(?:hundred|thousand|million|billion|trillion|dozen|lakh|crore)s?|score|gross|grand|mio|mrd|mn|bn|k|squared|cubed"
     rf"|{_PART}|(?:and )?(?:an?|one|two|three) {_PART}|[^.,;0-9\n]{{0,30}}below zero)\b"
 )
+_LARGE = (
+    r"(?:years?|months?|weeks?|days?|hours?|hrs?|h|minutes?|mins?|feet|foot|ft|pounds?|lbs?|kg|km|m|meters?|dollars?)"
+)
+_SMALL = r"(?:months?|weeks?|days?|hours?|minutes?|mins?|seconds?|secs?|inch(?:es)?|in|ounces?|oz|grams?|g|m|cm|cents?)"
+_AREA = r"\b(?:[cdkm]?m|ft|in|yd|mi|units?|feet|inch(?:es)?|met(?:er|re)s?)(?:\^\{?[23]\}?|[²³])"
 _TOKEN = re.compile(
-    rf"(?P<doubt>{_DOUBT})?(?P<number>{_LEAD}{_RUN}(?:[ ](?:[-+*/×][ ]?)?[{_CURRENCY}]?\.?{_RUN})*"
-    rf"(?:[ ](?:(?i:{_SCALE})|[MBT]\b))?)|[A-Za-z_][A-Za-z0-9_]*",
+    rf"{_AREA}|(?P<doubt>{_DOUBT})?(?P<number>{_LEAD}{_RUN}(?:[ ](?:[-+*/×][ ]?)?[{_CURRENCY}]?\.?{_RUN})*"
+    rf"(?:[ ]{_LARGE}[ ](?:and )?{_RUN}[ ]{_SMALL}\b)?(?:[ ](?:(?i:{_SCALE})|[MBT]\b))?)|[A-Za-z_][A-Za-z0-9_]*",
     re.ASCII,
 )
 _DIGIT = re.compile(f"[0-9０-９{_ODD}]")

@@ -10,7 +10,7 @@ import re
 # Symbols are read as they are spelled: m is a metre, M a million, and neither is the other.
 SYMBOLS = frozenset(
     """
-    m cm mm km nm dm Km KM CM in ft yd mi ha ac g kg mg Kg KG t lb lbs oz l L ml mL dl dL cl cL kl kL gal qt pt cc tbsp
+    m cm mm km nm dm Km KM CM in ft yd mi ha ac g kg mg Kg KG lb lbs oz l L ml mL dl dL cl cL kl kL gal qt pt cc tbsp
     tsp s sec ms min h hr hrs am pm AM PM mph kph kmh rpm fps Hz kHz MHz GHz N J kJ cal kcal W kW MW kWh V Pa kPa atm
     mol C F deg rad KB kB MB GB TB px dB sq cu pts pcs ct USD EUR GBP CAD AUD INR RMB CNY JPY CHF st nd rd th % ° € £
     ¥ ₹
@@ -25,7 +25,7 @@ WORDS = frozenset(
     glass tablespoon teaspoon second minute hour day week weekday weekend month year decade century night morning degree
     celsius fahrenheit kelvin radian watt kilowatt volt ampere joule calorie newton pascal byte bit kilobyte megabyte
     gigabyte hertz percent percentage point unit dollar cent euro penny pennies pence nickel dime buck coin bill rupee
-    yuan yen peso franc krona square cubic per a an each apiece total altogether in all left remaining more old long
+    yuan yen peso franc krona square cubic per each apiece total altogether in all left remaining more old long
     tall wide high deep away now today
     person people man men woman women child children kid boy girl baby adult student pupil teacher worker employee
     member friend guest customer player passenger visitor voter citizen resident soldier doctor nurse cousin sibling
@@ -49,6 +49,7 @@ WORDS = frozenset(
 )
 
 _POWER = re.compile(r"(?<=[A-Za-z])(?:\^\{?-?[1-4]\}?|[²³])")
+_A_DAY = re.compile(r" an? (?=[A-Za-z])")
 _SHAPE = re.compile(r"[A-Za-z°%€£¥₹./· ]*")
 _WORD = re.compile(r"[A-Za-z]+|[°%€£¥₹]")
 _MILLION = re.compile(r" *m\b(?! *(?:$|[/·]|per\b))")  # "5 m people"; "5 m", "5 m/s" and "5 m per second" are metres
@@ -59,11 +60,11 @@ def is_unit(text: str, *, money: bool = False) -> bool:
 
     money: the number has a currency sign, so that a short symbol next to it is a multiple ("$5m", "£2k").
     """
-    text = _POWER.sub("", text)
+    text = _A_DAY.sub(" per ", _POWER.sub("", text))
     if _SHAPE.fullmatch(text) is None or _MILLION.match(text):
         return False
     words = _WORD.findall(text)
-    if money and words and len(words[0]) < 3 and words[0] not in "%a€£¥₹" and not text.lstrip().startswith("/"):
+    if money and words and len(words[0]) < 3 and words[0] not in "%€£¥₹" and not text.lstrip().startswith("/"):
         return False
     return all(word in SYMBOLS or _is_listed(word.lower()) for word in words)
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Callable
 from fractions import Fraction
+from pathlib import Path
 
 import pytest
 
@@ -65,6 +67,9 @@ from dsm_train.rewards import RewardConfig, extract_number, format_reward, numer
         ("(-5)", -5),
         ("the \uff18\uff15", 85),  # full-width digits
         ("the 5th", 5),
+        ("an area of 5 m^2", 5),
+        ("5 cm\u00b2 in all", 5),
+        ("5 hours for 30 people, so 150", 150),
         ("about .5", "1/2"),
         ("3/4", "3/4"),
         ("3.0 kg (H2O)", 3),
@@ -119,6 +124,14 @@ def test_the_number_a_text_states(text: str, number: int | str | Fraction) -> No
         "x^5",
         "a_{5}",
         "\u00b15",
+        "log 5",
+        "sqrt(5)",
+        "n = 3 (mod 7)",
+        "5a",
+        "5 hours 30 minutes",
+        "5 hours and 30 minutes",
+        "the answer is 6 feet 2 inches",
+        "$5 and 30 cents, or 5 dollars 30 cents",
         "7 minus 5",
         "7 -5",
         "x-5",
@@ -224,7 +237,7 @@ def test_every_dash_is_a_minus_sign_where_a_sign_can_stand(dash: str) -> None:
 
 @pytest.mark.parametrize(
     ("multiple", "unit"),
-    [("5M", "5 m"), ("5 K", "5 kg"), ("$5mm", "5 mm"), ("\u20ac5t", "5 t"), ("5G", "5 g"), ("5B", "5 GB")],
+    [("5M", "5 m"), ("5 K", "5 kg"), ("$5mm", "5 mm"), ("\u20ac5m", "5 m"), ("5G", "5 g"), ("5B", "5 GB")],
 )
 def test_a_multiple_is_not_read_as_the_unit_that_looks_like_it(multiple: str, unit: str) -> None:
     assert parse_number(multiple) is None and parse_number(unit) == 5
@@ -312,3 +325,11 @@ def test_format_pattern_can_be_given() -> None:
 def test_weights_that_teach_nothing_are_refused(weights: tuple[float, float]) -> None:
     with pytest.raises(ValueError, match="at least 0|both 0"):
         RewardConfig(*weights)
+
+
+def test_the_documented_examples_are_read_so() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "rewards.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `(.*)` \| (none|[-0-9/.]+)", page, re.MULTILINE)
+    assert len(rows) >= 25
+    for text, number in rows:
+        assert extract_number(text) == (None if number == "none" else Fraction(number)), text
