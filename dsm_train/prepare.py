@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import TypeVar
 
 from dsm_train.config import ParallelConfig
-from dsm_train.configs import StageConfig
-from dsm_train.data.source import Tasks, load_tasks, make_tokenizer, solved
+from dsm_train.configs import GrpoConfig, StageConfig
+from dsm_train.data.source import Tasks, load_tasks, make_tokenizer, repetition_note, solved, without_too_long
 from dsm_train.data.tasks import Task
 from dsm_train.data.tokenizer import Tokenizer
 from dsm_train.megatron import parallel, weights
@@ -27,6 +27,8 @@ class Questions:
 
     tasks: Tasks
     tokenizer: Tokenizer
+    notes: tuple[str, ...] = ()
+    """Lines about them that the user should read at start."""
 
 
 def prepare(config: ConfigT, sampling: SamplingConfig | None) -> tuple[ConfigT, Questions]:
@@ -43,6 +45,13 @@ def prepare(config: ConfigT, sampling: SamplingConfig | None) -> tuple[ConfigT, 
     parallel.check_layout(config.parallel, config.model, vocab)
     if config.supervised is not None:
         check_batch(config.parallel, "the batch of supervised training", config.supervised.batch)
+    notes: list[str | None] = []
+    if sampling is not None and config.data.too_long == "skip":
+        room = min(config.model.max_length, config.run.max_tokens) - sampling.max_new_tokens
+        tasks, left_out = without_too_long(tasks, tokenizer, room)
+        notes.append(left_out)
+    if isinstance(config, GrpoConfig):
+        notes += [repetition_note(tasks.train, config.algorithm.prompts_per_step), *config.sampling.notes()]
     if sampling is not None:
         check_lengths(config, sampling, (*tasks.train, *tasks.heldout), tokenizer)
     check_solutions(config, tasks, tokenizer)
@@ -50,7 +59,7 @@ def prepare(config: ConfigT, sampling: SamplingConfig | None) -> tuple[ConfigT, 
         weights.check_vocabulary(config.run.init, tokenizer.vocab_size)
     uses_transformer_engine(config.model)
     core_attention(config.model)
-    return config, Questions(tasks, tokenizer)
+    return config, Questions(tasks, tokenizer, tuple(note for note in notes if note is not None))
 
 
 def check_batch(layout: ParallelConfig, name: str, size: int, minibatches: int = 1) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from types import TracebackType
@@ -130,7 +130,7 @@ class Loop(AbstractContextManager["Loop"]):
 
 
 @contextmanager
-def start(config: ConfigT, prog: str, *, trains: bool = True) -> Iterator[Job[ConfigT]]:
+def start(config: ConfigT, prog: str, *, notes: Sequence[str] = (), trains: bool = True) -> Iterator[Job[ConfigT]]:
     """Start the ranks of a job whose configuration was prepared (prepare.py).
 
     An error in what the user gave is one line and exit status 2. A stage that does not train keeps no records, and
@@ -147,7 +147,7 @@ def start(config: ConfigT, prog: str, *, trains: bool = True) -> Iterator[Job[Co
                 (out / name).replace(out / f"{name}.old")
         (out / "config.yaml").write_text(to_yaml(config))
     job = Job(config, ranks, Metrics(out), Samples(out))
-    job.say(startup_table(served_by(config, ranks, threads)))
+    job.say("\n".join([startup_table(served_by(config, ranks, threads)), *notes]))
     try:
         with ranks.watchdog.failures():
             yield job

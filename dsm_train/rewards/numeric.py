@@ -14,8 +14,8 @@ is tried: what is not understood is no verdict, never another number. Gold answe
 * % is a unit: 50% is 50, never 0.5. A word of scale is none: "2 million", "2 dozen", "5k", "3 halves", "5 and a half";
   so are two units: "5 hours 30 minutes".
 * A comma separates thousands, and only there: 1,234 is one number, "1,2" and "0,5" are none.
-* 3/4 is a fraction and 5 × 10^3 is 5000; 12:30, 1/2/2024, 3.2.1, 10^3, 5-7, 6*7, "1 1/2", √5, log 5 and 2π are none. Rule 4
-  as well looks at the last thing that has the shape of a number and does not go back to an earlier one.
+* 3/4 is a fraction and 5 × 10^3 is 5000; 12:30, 1/2/2024, 3.2.1, 10^3, 5-7, 6*7, "1 1/2", √5, log 5 and 2π are none.
+  Rule 4 as well looks at the last thing that has the shape of a number and does not go back to an earlier one.
 * Every dash is a minus sign where a sign can stand; "negative 5" is -5. A dash after a word ("x-5", "total - 5") may be
   a minus, a hyphen or punctuation: none.
 * Digits inside a word (H2O, x2) are letters. ASCII and full-width digits count.

@@ -23,7 +23,7 @@ def evaluate(config: EvaluateConfig) -> None:
     prog = "dsm-train eval"
     with user_errors(prog):
         config, questions = prepare(config, config.sampling)
-    with start(config, prog, trains=False) as job:
+    with start(config, prog, notes=questions.notes, trains=False) as job:
         tokenizer, heldout = questions.tokenizer, questions.tasks.heldout
         model = Model.build(job.language_model(tokenizer.vocab_size), job.parallel)
         engine = EmbeddedEngine(model, [tokenizer.eos_id], config.run.seed)
@@ -45,7 +45,7 @@ def generate(config: GenerateConfig) -> None:
         texts = config.prompts or tuple(task.prompt for task in questions.tasks.heldout[:4])
         given = [Task(i, text, answer="", solution=None) for i, text in enumerate(texts)]
         check_lengths(config, config.sampling, given, tokenizer)
-    with start(config, prog, trains=False) as job:
+    with start(config, prog, notes=questions.notes, trains=False) as job:
         model = Model.build(job.language_model(tokenizer.vocab_size), job.parallel)
         engine = EmbeddedEngine(model, [tokenizer.eos_id], config.run.seed)
         prompts = [Prompt(task.id, tokenizer.encode(task.prompt)) for task in given]

@@ -29,7 +29,7 @@ def train_grpo(config: GrpoConfig) -> None:
         check_batch(config.parallel, "algorithm.prompts_per_step", prompts, algo.minibatches)
         check_record(config.record)
         config, questions = prepare(config, config.sampling)
-    with start(config, PROG) as job:
+    with start(config, PROG, notes=questions.notes) as job:
         tokenizer, heldout = questions.tokenizer, questions.tasks.heldout
         warmup, updates = config.warmup, config.steps * algo.updates
         policy = TrainableModel.build(

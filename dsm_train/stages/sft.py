@@ -34,7 +34,7 @@ def train_sft(config: SftConfig) -> None:
     """Fine-tune a model on the tasks' worked solutions, and write weights, metrics and curve."""
     with user_errors(PROG):
         config, questions = prepare(config, config.sampling)
-    with start(config, PROG) as job:
+    with start(config, PROG, notes=questions.notes) as job:
         tokenizer = questions.tokenizer
         spec = job.language_model(tokenizer.vocab_size)
         model = TrainableModel.build(spec, job.parallel, config.sft.optim, config.sft.steps)
