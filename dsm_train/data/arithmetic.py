@@ -1,7 +1,7 @@
 """Arithmetic and word problems, generated, with a train / held-out split that cannot leak.
 
-A task is a form (a bare sum or one wording) and two operands. The split looks at nothing but the unordered pair of
-operands, by a fixed hash: 47+38, 38+47, 47-38 and every story about 47 and 38 are on the same side, for every seed,
+A task is a form (a bare sum or one wording) and two operands. The split is a fixed hash of the unordered pair of
+operands, and of nothing else: 47+38, 38+47, 47-38 and every story about 47 and 38 are on the same side, for every seed,
 count and number of digits.
 """
 
@@ -53,7 +53,7 @@ def arithmetic_tasks(
     style: str = "answer",
     digits: int = 2,
 ) -> list[Task]:
-    """Tasks of the given kinds from one side of the split, in an order that `seed` draws.
+    """Generate tasks of the given kinds from one side of the split, in an order that `seed` draws.
 
     Operands have exactly `digits` digits (a product's second factor is 2 to 9); differences are never negative. `count`
     is shared evenly among the kinds, and what a small kind lacks the others give; None means all. `style` sets
@@ -150,7 +150,7 @@ def _task(id: int, form: _Form, a: int, b: int, style: str) -> Task:
 
 
 def _steps(operator: str, a: int, b: int) -> list[str]:
-    """The work as on paper: places from the right with the carry or borrow, or partial products and their sum."""
+    """Write out the work as on paper: places from the right with carry or borrow, or partial products and their sum."""
     if operator == "*":
         parts = [int(digit) * 10**place for place, digit in enumerate(reversed(str(a))) if digit != "0"]
         lines = [f"{part}*{b}={part * b}" for part in parts]

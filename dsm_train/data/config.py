@@ -18,7 +18,7 @@ class DataConfig:
     """Questions with checkable answers, from the built-in generator or from JSONL files, and the tokenizer."""
 
     source: Literal["generated", "file"] | None = None
-    """Where questions come from; none: from path where it is given, else generated."""
+    """Source of the questions; none: path where it is given, else the generator. A recipe may insist on one."""
     path: Path | None = None
     """JSONL file of training questions (GSM8K's format)."""
     heldout_path: Path | None = None

@@ -60,7 +60,7 @@ def _from_files(config: DataConfig, path: Path) -> Tasks:
 
 
 def _place(task: Task) -> tuple[bytes, int]:
-    """The place of a task in an order that is the question's alone: the same for every seed and template."""
+    """Sort key by a hash of the question: the same order for every seed, template and file."""
     return hashlib.sha256(task.key.encode()).digest(), task.id
 
 

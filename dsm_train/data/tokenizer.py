@@ -44,7 +44,7 @@ class Tokenizer:
         backend.encode_special_tokens = pretrained is None
 
     def fingerprint(self) -> str:
-        """Hash of each id's meaning (every token with its id, and which one ends a text): it travels with the weights.
+        """Hash what each id means (every token with its id, and the one that ends a text), to be kept with the weights.
 
         Saving and loading keep it, in our format and in Hugging Face's. The pad token is no part: weights never see it.
         """
@@ -52,18 +52,18 @@ class Tokenizer:
         return hashlib.sha256(json.dumps([vocabulary, self.eos_id]).encode()).hexdigest()[:16]
 
     def all_text(self) -> Tokenizer:
-        """The same tokenizer for texts of unknown origin: what spells a special token is text like any other."""
+        """Copy the tokenizer for texts of unknown origin: what spells a special token is text like any other."""
         backend = copy.deepcopy(self._backend)
         tokenizer = Tokenizer(backend, self.eos_id, self.pad_id, self._pretrained)
         backend.encode_special_tokens = True
         return tokenizer
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of a text."""
+        """Turn a text into token ids."""
         return self._backend.encode(text, add_special_tokens=False).ids
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of token ids; bytes that are no UTF-8 become U+FFFD."""
+        """Turn token ids into text; bytes that are no UTF-8 become U+FFFD."""
         return self._backend.decode(list(ids), skip_special_tokens=True)
 
     def save(self, folder: str | Path) -> None:
@@ -104,7 +104,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
 
 
 def _bounded(text: str) -> Iterator[str]:
-    """Parts of a text, cut wherever a run of one kind of character reaches the longest piece that is trained on."""
+    """Cut a text wherever a run of one kind of character reaches the longest piece that is trained on."""
     start = 0
     for run in _LONG_RUN.finditer(text):
         yield text[start : run.end()]

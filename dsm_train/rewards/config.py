@@ -6,6 +6,8 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
+from dsm_train.config import require
+
 
 @dataclass(frozen=True)
 class RewardConfig:
@@ -20,9 +22,6 @@ class RewardConfig:
     beginning of "#### 125"), or are graded as they stand (keep)."""
 
     def __post_init__(self) -> None:
-        """Refuse weights under which nothing can be learned."""
         for name, weight in (("numeric", self.numeric), ("format", self.format)):
-            if not (math.isfinite(weight) and weight >= 0):
-                raise ValueError(f"{name} must be a finite weight of at least 0, got {weight}")
-        if self.numeric == self.format == 0:
-            raise ValueError("numeric and format are both 0: raise one, or nothing can be learned")
+            require(0 <= weight < math.inf, name, "a finite weight of at least 0", weight)
+        require(self.numeric + self.format > 0, "numeric", "above 0 when format is 0, or nothing can be learned", 0)

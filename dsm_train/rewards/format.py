@@ -10,7 +10,7 @@ ANSWER_LINE = rf"#### [-+]?\$?{UNSIGNED}(?:/[0-9]+)?"
 
 
 def format_reward(response: str, pattern: str = ANSWER_LINE) -> float:
-    """1.0 if the response's last line is its answer and states it for the only time, else 0.0.
+    """Reward 1.0 if the response's last line is its answer and states it for the only time, else 0.0.
 
     `pattern` is a regular expression that the last line must match whole and that must match nowhere else. Blank
     space at the end is allowed.

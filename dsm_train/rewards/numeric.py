@@ -102,12 +102,12 @@ _PLAIN = (  # from LaTeX and words to plain text, in this order
 
 
 def parse_number(text: str) -> Fraction | None:
-    """The one number that a text is, exactly; None where it is anything else."""
+    """Read a text that is one number, exactly; None where it is anything else."""
     return _parse(_plain(text)) if len(text) <= WINDOW else None
 
 
 def extract_number(text: str) -> Fraction | None:
-    """The number that a text states as its answer, by the rules above; None where it states none. Never raises."""
+    """Find the number that a text states as its answer, by the rules above; None where it states none. Never raises."""
     for mark in reversed(list(_STATED.finditer(text))):
         line = _plain(text[mark.end() : mark.end() + WINDOW].split("\n", 1)[0])
         if _DECLARED.match(line) and not _HEADING.match(line):
@@ -124,7 +124,7 @@ def extract_number(text: str) -> Fraction | None:
 
 
 def numeric_reward(response: str, answer: str) -> float:
-    """1.0 if the response states exactly the gold answer, as rational numbers, else 0.0.
+    """Reward 1.0 if the response states exactly the gold answer, as rational numbers, else 0.0.
 
     Never raises for a response; ValueError if the gold answer itself is no number, since every response would fail.
     """
@@ -135,7 +135,7 @@ def numeric_reward(response: str, answer: str) -> float:
 
 
 def _plain(text: str) -> str:
-    """A window of text with its LaTeX, dashes, blanks and signs in words as plain ASCII where there is such a form."""
+    """Rewrite a window of text in plain ASCII where it can be: LaTeX, dashes, blanks, signs in words."""
     assert len(text) <= WINDOW
     text = text.translate(_CHARACTERS)
     for pattern, plain in _PLAIN:
@@ -144,7 +144,7 @@ def _plain(text: str) -> str:
 
 
 def _parse(text: str) -> Fraction | None:
-    """The one number that a plain text is."""
+    """Read a plain text that is one number."""
     money = text.count("$") % 2 == 1 or any(sign in text for sign in "€£¥₹")  # $5$ is LaTeX, $5 are dollars
     text = _bare(text)
     text = _bare(re.sub(f"^{_NAME}", "", text, flags=re.ASCII))
@@ -167,12 +167,12 @@ def _parse(text: str) -> Fraction | None:
 
 
 def _bare(text: str) -> str:
-    """Text without the markup and punctuation around it."""
+    """Strip the markup and punctuation around a text."""
     return text.strip(" \t\r\n$*_`'\"’").rstrip(" .,;:!?$*_`'\"’")
 
 
 def _last_number(text: str) -> Fraction | None:
-    """Rule 4, in windows from the end of the text that end a little after a digit."""
+    """Find the last number (rule 4), going back through windows that each end a little after a digit."""
     backwards, end = text[::-1], len(text)
     while (digit := _DIGIT.search(backwards, len(text) - end)) is not None:
         last = len(text) - digit.start()
@@ -184,7 +184,7 @@ def _last_number(text: str) -> Fraction | None:
 
 
 def _braced(text: str) -> str:
-    """What the braces at the start of a text hold; empty without them, or when they do not close."""
+    """Text inside the braces that a text begins with; empty without them, or when they do not close."""
     depth = 0
     for end, character in enumerate(text):
         depth += (character == "{") - (character == "}")

@@ -24,7 +24,7 @@ def _shift_right(x: Tensor, bits: int) -> Tensor:
 
 
 def _mix(x: Tensor) -> Tensor:
-    """SplitMix64's output function (Steele, Lea, Flood 2014), on int64 that wraps around."""
+    """Apply SplitMix64's output function (Steele, Lea, Flood 2014), on int64 that wraps around."""
     x = x + _signed(_GAMMA)
     x = (x ^ _shift_right(x, 30)) * _signed(_MIX1)
     x = (x ^ _shift_right(x, 27)) * _signed(_MIX2)
@@ -37,7 +37,7 @@ def sample_counter(sample_G: Tensor, occurrence_P: Tensor) -> Tensor:
 
 
 def counter_uniform(seed: int, step: int, prompt_id_B: Tensor, sample_B: Tensor, position_B: Tensor) -> Tensor:
-    """Uniform numbers in (0, 1), fp64 [B], each a function of its five counters alone: the same on every device.
+    """Compute uniform numbers in (0, 1), fp64 [B], each a function of its five counters alone: the same on any device.
 
     sample_B: `sample_counter` of the sample's index and of the prompt's occurrence within the stage.
     """
@@ -49,7 +49,7 @@ def counter_uniform(seed: int, step: int, prompt_id_B: Tensor, sample_B: Tensor,
 
 @dataclass(frozen=True)
 class Sampled:
-    """What one decoding step chose."""
+    """Choices of one decoding step."""
 
     token_B: Tensor
     """Token ids, int64."""
@@ -57,8 +57,8 @@ class Sampled:
     """fp32 log-probability at the temperature, over the full vocabulary: what the trainer's `logprob_T` is compared
     with. Truncation by top_p or top_k is not in it."""
     margin_B: Tensor
-    """How far the choice was from another token: distance of the random number from the nearer edge of the chosen
-    token's interval; for greedy choices the difference of the two best log-probabilities."""
+    """Distance of the choice from another token: from the random number to the nearer edge of the chosen token's
+    interval of the cumulative distribution; for greedy choices the difference of the two best log-probabilities."""
 
 
 def sample(logits_BV: Tensor, uniform_B: Tensor | None, sampling: SamplingConfig) -> Sampled:
@@ -81,7 +81,7 @@ def sample(logits_BV: Tensor, uniform_B: Tensor | None, sampling: SamplingConfig
 
 
 def _truncate(logprob_BV: Tensor, sampling: SamplingConfig) -> Tensor:
-    """Probabilities with everything outside top_k and top_p at 0 (ties at the edge stay in)."""
+    """Set the probabilities outside top_k and top_p to 0 (ties at the edge stay in)."""
     prob_BV = logprob_BV.exp()
     if 0 < sampling.top_k < prob_BV.shape[-1]:
         prob_BV = prob_BV * (prob_BV >= prob_BV.topk(sampling.top_k, dim=-1).values[:, -1:])
