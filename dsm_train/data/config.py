@@ -34,8 +34,7 @@ class DataConfig:
     train_tasks: int | None = None
     """Use this many training tasks; none: all there are."""
     heldout_tasks: int | None = None
-    """Evaluate on this many held-out tasks; none: all of heldout_path, 500 generated ones, or a tenth of path, at most
-    500. A hash of the question chooses them from path, whatever the seed; fewer are a part of more."""
+    """Held-out tasks to evaluate; none: all of heldout_path, else 500 (of path at most a tenth), chosen by a hash."""
     vocab_size: int | None = None
     """Largest vocabulary of the tokenizer that is trained at start when none is given; none: 320."""
     tokenizer: Path | None = None

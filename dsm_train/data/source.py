@@ -55,6 +55,10 @@ def _from_files(config: DataConfig, path: Path) -> Tasks:
             "give another" if config.heldout_path else f"{path} has {len(tasks)}: lower data.heldout_tasks, or give"
         )
         raise ValueError(f"the {len(heldout)} held-out tasks leave nothing to train on; {remedy} data.heldout_path")
+    if len(train) < (config.train_tasks or 1):
+        raise ValueError(
+            f"data.train_tasks = {config.train_tasks}, and {path} has {len(train)} that are not held out: lower it"
+        )
     random.Random(config.seed).shuffle(train)
     return Tasks(tuple(train[: config.train_tasks]), tuple(heldout[: config.heldout_tasks]))
 

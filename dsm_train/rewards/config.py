@@ -18,8 +18,7 @@ class RewardConfig:
     format: float = 0.0
     """Weight of ending in one line "#### number" that states the answer for the only time."""
     unfinished: Literal["zero", "keep"] = "zero"
-    """Responses that the length limit cut off earn nothing and count as wrong in evaluation ("#### 12" may be the
-    beginning of "#### 125"), or are graded as they stand (keep)."""
+    """Responses that the length limit cut off: zero (no reward, wrong in evaluation), or keep (graded as they are)."""
 
     def __post_init__(self) -> None:
         for name, weight in (("numeric", self.numeric), ("format", self.format)):

@@ -15,10 +15,9 @@ class SamplingConfig:
     temperature: float = 1.0
     """Sampling temperature; the trainer's log-probabilities use the same. 0 is greedy (evaluation only)."""
     top_p: float = 1.0
-    """Nucleus sampling: the smallest set of tokens with at least this probability. Recorded log-probabilities stay
-    those of the full distribution, as the trainer's are, and are below those of the one that was sampled from."""
+    """Sample among the fewest tokens with this probability; log-probabilities stay those of the full distribution."""
     top_k: int = 0
-    """Sample among the k most likely tokens; 0: all. Recorded log-probabilities: as for top_p."""
+    """Sample among the k most likely tokens; 0: all. Log-probabilities stay those of the full distribution."""
     max_new_tokens: int = 512
     """Longest response, in tokens."""
     batch: int = 1024

@@ -126,6 +126,9 @@ def test_a_split_that_leaves_nothing_raises(tmp_path: Path) -> None:
         load_tasks(DataConfig(path=path, heldout_tasks=5))
     with pytest.raises(ValueError, match="leave nothing to train on; give another data.heldout_path"):
         load_tasks(DataConfig(path=path, heldout_path=path))
+    assert len(load_tasks(DataConfig(path=path, heldout_tasks=2, train_tasks=3)).train) == 3
+    with pytest.raises(ValueError, match=r"train_tasks = 4, and .*a.jsonl has 3 that are not held out: lower it"):
+        load_tasks(DataConfig(path=path, heldout_tasks=2, train_tasks=4))
 
 
 @pytest.mark.parametrize(
