@@ -13,6 +13,7 @@ from dsm_train.data.tasks import Task
 from dsm_train.data.tokenizer import Tokenizer, train_tokenizer
 from dsm_train.eval.evaluate import Evaluator, pass_at_k
 from dsm_train.megatron.parallel import Parallel
+from dsm_train.megatron.step import Model
 from dsm_train.rewards import RewardConfig
 from dsm_train.rewards.grader import Grader
 from dsm_train.rollout.config import SamplingConfig
@@ -29,6 +30,12 @@ class Scripted:
     def __init__(self, tokenizer: Tokenizer, right: Sequence[int], finished: bool = True) -> None:
         self.tokenizer, self.right, self.finished = tokenizer, right, finished
         self.calls: list[tuple[list[int], int, SamplingConfig, int]] = []
+
+    def sync(self, model: Model) -> None:
+        """Nothing to take over: the answers are given."""
+
+    def close(self) -> None:
+        """Nothing to release."""
 
     def generate(self, prompts: Sequence[Prompt], num_samples: int, sampling: SamplingConfig, *, step: int) -> Rollouts:
         self.calls.append(([p.id for p in prompts], num_samples, sampling, step))
