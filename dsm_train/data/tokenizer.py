@@ -113,7 +113,7 @@ def _bounded(text: str) -> Iterator[str]:
 
 
 def load_tokenizer(path: str | Path, *, eos_token: str | None = None) -> Tokenizer:
-    """Cost a folder that `Tokenizer.save` wrote, a Hugging Face folder, or a bare tokenizer.json.
+    """Load a folder that `Tokenizer.save` wrote, a Hugging Face folder, or a bare tokenizer.json.
 
     A bare tokenizer.json does not say which token ends a text: it must hold "<eos>", or `eos_token` must name it.
     Without a pad token the end token pads. Nothing is downloaded. Raises ValueError where there is no tokenizer, or
