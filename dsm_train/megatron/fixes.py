@@ -1,4 +1,4 @@
-"""Corrections of megatron-core 0.16, on every device; each names the place, and has a test that fails without it.
+"""Corrections of megatron-core, on every device; each names the place, and has a test that fails without it.
 
 A release that was not looked at gets no correction: `apply` refuses it, for a fix that no longer fits trains wrongly.
 """
@@ -12,7 +12,8 @@ import torch
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.package_info import __version__
 
-_LOOKED_AT = "0.16."
+# Each of these has every bug below.
+_LOOKED_AT = ("0.16.", "0.19.")
 
 
 @functools.cache
@@ -20,7 +21,7 @@ def apply() -> None:
     """Apply all corrections, once."""
     if not __version__.startswith(_LOOKED_AT):
         raise ImportError(
-            f"megatron-core {__version__} was not checked for the bugs that dsm corrects in 0.16: "
+            f"megatron-core {__version__} was not checked for the bugs that dsm corrects in 0.16 and 0.19: "
             "pip install -c constraints.txt megatron-core"
         )
     _separate_adam_steps()

@@ -152,12 +152,12 @@ def build_model(model: ModelConfig, head: HeadSpec, parallel: Parallel) -> list[
 def _mark_shards(chunk: HiddenGPTModel) -> None:
     """Mark each weight with the dimension along which it is split.
 
-    Megatron's layers do so only when they draw the weights themselves, yet the gradient norm, our initialisation and
-    our files go by these marks.
+    The gradient norm, our initialisation and our files go by these marks. The layers of megatron-core 0.16 set them
+    only when they draw the weights themselves, those of 0.19 always.
     """
     for module in chunk.modules():
         dim = {ColumnParallelLinear: 0, VocabParallelEmbedding: 0, RowParallelLinear: 1}.get(type(module))
-        if dim is not None and module.weight is not None:
+        if dim is not None and module.weight is not None and not hasattr(module.weight, "partition_dim"):
             set_tensor_model_parallel_attributes(module.weight, is_parallel=True, dim=dim, stride=1)
 
 
