@@ -5,6 +5,9 @@
 # make lint         formatting, lint, types
 # make check        lint beside test
 # Each works as the first command on a machine with Python 3.11 or 3.12, a C++ compiler and make.
+#
+# PyPI's torch for Linux on x86 carries CUDA. Without a GPU, take the CPU build, which is a fraction of it:
+#   TORCH_INDEX=https://download.pytorch.org/whl/cpu make quickstart
 
 PYTHON ?= python3
 VENV   ?= .venv
@@ -56,20 +59,31 @@ lint: $(VENV)/.dev
 	$(PY) -m ruff format --check .
 	$(PY) -m pyright
 
-# torch first: the C++ ops are built against it, without build isolation, so that it is installed once.
+# torch first: the C++ ops are built against it, without build isolation, so that it is installed once. It alone comes
+# from TORCH_INDEX; what it needs comes from the usual index, in the versions of constraints.txt.
 $(VENV)/.torch: constraints.txt
 	$(PYTHON) -m venv $(VENV)
+	$(if $(TORCH_INDEX),$(PIP) --index-url $(TORCH_INDEX) --no-deps torch,@$(WARN_OF_CUDA))
 	$(PIP) torch setuptools ninja wheel numpy
 	@touch $@
 
+TORCH_VERSION := $(shell sed -n 's/^torch==//p' constraints.txt)
+CPU_INDEX := https://download.pytorch.org/whl/cpu
+WARN_OF_CUDA = ls -d $(VENV)/lib/python3*/site-packages/torch-$(TORCH_VERSION)* >/dev/null 2>&1 \
+	|| test "$$(uname -sm)" != "Linux x86_64" || nvidia-smi -L >/dev/null 2>&1 \
+	|| echo "torch $(TORCH_VERSION) with CUDA, about 2.8 GB; no GPU is seen: TORCH_INDEX=$(CPU_INDEX) takes the CPU build, about 200 MB"
+
 BUILT_FROM := setup.py pyproject.toml $(shell find csrc -name '*.cpp' -o -name '*.h')
 
+# pip hides what a build says unless it fails; setup.py says here what keeps the C++ ops from being built.
+INSTALL = $(PY) setup.py --name >/dev/null && $(PIP) --no-build-isolation -e
+
 $(VENV)/.train: $(VENV)/.torch $(BUILT_FROM)
-	$(PIP) --no-build-isolation -e '.[train]'
+	$(INSTALL) '.[train]'
 	@touch $@
 
 $(VENV)/.corpus: $(VENV)/.torch $(BUILT_FROM)
-	$(PIP) --no-build-isolation -e '.[train,corpus]'
+	$(INSTALL) '.[train,corpus]'
 	@touch $(VENV)/.train $@
 
 $(VENV)/.dev: $(VENV)/.corpus
