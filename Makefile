@@ -4,7 +4,8 @@
 # make test-all     install, then the slow ones too
 # make lint         formatting, lint, types
 # make check        lint beside test
-# Each works as the first command on a machine with Python 3.11 or 3.12, a C++ compiler and make.
+# Each works as the first command on a machine with Python 3.11 or 3.12 and make. With a C++ compiler the ops run faster on
+# the CPU; make test needs one.
 #
 # PyPI's torch for Linux on x86 carries CUDA. Without a GPU, take the CPU build, which is a fraction of it:
 #   TORCH_INDEX=https://download.pytorch.org/whl/cpu make quickstart

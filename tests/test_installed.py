@@ -61,6 +61,7 @@ def test_another_package_that_pip_installed_is_named_for_pip_uninstall(tmp_path:
     distribution(tmp_path, "triton-kernels", "triton_kernels/__init__.py")
     if also_ours:
         (tmp_path / "triton_kernels" / "_register.py").touch()
+        (tmp_path / "dsm_train").symlink_to(ROOT / "dsm_train")
         distribution(tmp_path, "dsm-train", "triton_kernels/__init__.py", "dsm_train/__init__.py")
     assert ": pip uninstall triton-kernels; then, in this project's checkout, pip install " in checked([tmp_path, ROOT])
 
