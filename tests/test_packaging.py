@@ -8,6 +8,8 @@ import sys
 import tarfile
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -37,3 +39,13 @@ def test_build_without_a_compiler_says_in_one_line_what_is_lost() -> None:
         "dsm-train: without C++ ops (on the CPU PyTorch references serve, slower): "
         "there is no C++ compiler (no-such-compiler); install one (Debian: apt install g++)\n"
     )
+
+
+@pytest.mark.parametrize("index", ["", "https://mirror.example/cpu"], ids=["usual index", "TORCH_INDEX"])
+def test_make_takes_torch_alone_from_torch_index(tmp_path: Path, index: str) -> None:
+    command = ["make", "--dry-run", f"VENV={tmp_path}", f"TORCH_INDEX={index}", f"{tmp_path}/.torch"]
+    commands = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    installs = [line.partition(" -c constraints.txt ")[2] for line in commands.splitlines() if "pip install" in line]
+    from_index = [f"--index-url {index} --no-deps torch"] if index else []
+    assert installs == [*from_index, "torch setuptools ninja wheel numpy"]
+    assert ("takes the CPU build" in commands) == (not index)
