@@ -1,4 +1,4 @@
-"""Configuration: frozen dataclasses, one per component; stages.py composes them into one per stage.
+"""Configuration: frozen dataclasses, one per component; configs.py composes them into one per stage.
 
 Every field has a sentence below it; `python -m dsm_train <stage> --help` shows them. Each component checks its own
 values in `__post_init__`; what spans components (heads against tensor parallelism, ...) is checked by the stage.
@@ -30,6 +30,17 @@ def at_least(least: int, config: object, *names: str) -> None:
     for name in names:
         value = getattr(config, name)
         require(value is None or value >= least, name, f"at least {least}", value)
+
+
+def above(least: float, config: object, *names: str) -> None:
+    """Raise `ValueError` unless each of these fields is above so much, or None."""
+    for name in names:
+        value = getattr(config, name)
+        require(value is None or value > least, name, f"above {least}", value)
+
+
+class Given(dict[str, str]):
+    """Keys that a recipe or the command line set, each with its place ("x.yaml:7: "; empty: the command line)."""
 
 
 @dataclass(frozen=True)
@@ -86,6 +97,8 @@ class ModelConfig:
             f"a multiple of num_heads = {self.num_heads}, or head_size given",
             self.hidden_size,
         )
+        at_least(0, self, "init_std")
+        above(0, self, "rope_base", "norm_eps")
         require(self.kv_channels % 2 == 0, "head_size", "even, for rotary embeddings", self.kv_channels)
 
     @property
@@ -126,7 +139,7 @@ class ParallelConfig:
 
     def __post_init__(self) -> None:
         at_least(1, self, "tp", "pp", "vpp")
-        require(self.timeout_minutes > 0, "timeout_minutes", "above 0", self.timeout_minutes)
+        above(0, self, "timeout_minutes")
         require(self.vpp == 1 or self.pp > 1, "vpp", "1 when pp is 1", self.vpp)
         require(not self.sp or self.tp > 1, "sp", "false when tp is 1", self.sp)
 
@@ -155,10 +168,21 @@ class OptimConfig:
     """Clip the global gradient norm to this; 0 turns clipping off."""
 
     def __post_init__(self) -> None:
-        require(self.lr > 0, "lr", "above 0", self.lr)
+        above(0, self, "lr", "eps")
         require(0 <= self.min_lr <= self.lr, "min_lr", f"between 0 and lr = {self.lr}", self.min_lr)
-        require(self.warmup_steps >= 0, "warmup_steps", "at least 0", self.warmup_steps)
-        require(self.clip_grad >= 0, "clip_grad", "at least 0", self.clip_grad)
+        at_least(0, self, "warmup_steps", "weight_decay", "clip_grad")
+        for name in ("beta1", "beta2"):
+            require(0 <= getattr(self, name) < 1, name, "at least 0 and below 1", getattr(self, name))
+
+
+def check_warmup(optim: OptimConfig, updates: int, updates_are: str) -> None:
+    """Raise `ValueError` when the learning rate would never reach its peak: called by the one who has `optim`."""
+    require(
+        optim.warmup_steps < updates,
+        "optim.warmup_steps",
+        f"below {updates_are} = {updates}, the number of updates, or lr is never reached",
+        optim.warmup_steps,
+    )
 
 
 @dataclass(frozen=True)
@@ -202,7 +226,8 @@ class AlgorithmConfig:
             self.group_size,
         )
         at_least(1, self, "prompts_per_step", "minibatches", "epochs")
-        at_least(0, self, "reference_every")
+        at_least(0, self, "reference_every", "clip_low", "clip_high", "kl_coef")
+        require(self.clip_low is None or self.clip_low <= 1, "clip_low", "at most 1", self.clip_low)
         require(
             self.prompts_per_step % self.minibatches == 0,
             "prompts_per_step",
@@ -229,7 +254,9 @@ class RunConfig:
     """CPU threads per rank; 0: the machine's cores divided by the ranks on it."""
 
     def __post_init__(self) -> None:
-        require(self.max_tokens >= 1, "max_tokens", "at least 1", self.max_tokens)
+        at_least(1, self, "max_tokens")
+        at_least(0, self, "threads")
+        require(0 <= self.seed < 2**32, "seed", "at least 0 and below 2^32", self.seed)
 
 
 @dataclass(frozen=True)
@@ -250,3 +277,5 @@ class SftTraining:
     def __post_init__(self) -> None:
         at_least(0, self, "steps")
         at_least(1, self, "batch", "examples")
+        if self.steps:
+            check_warmup(self.optim, self.steps, "steps")

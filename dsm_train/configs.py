@@ -2,15 +2,34 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import ClassVar
 
-from dsm_train.config import AlgorithmConfig, ModelConfig, OptimConfig, ParallelConfig, RunConfig, SftTraining, require
+from dsm_train.config import (
+    AlgorithmConfig,
+    Given,
+    ModelConfig,
+    OptimConfig,
+    ParallelConfig,
+    RunConfig,
+    SftTraining,
+    at_least,
+    check_warmup,
+    require,
+)
 from dsm_train.data.config import DataConfig
 from dsm_train.eval.config import EvalConfig
 from dsm_train.rewards.config import RewardConfig
 from dsm_train.rollout.config import SamplingConfig
 from dsm_train.verify.config import VerifyConfig
+
+
+def require_weights(run: RunConfig, stage: str) -> None:
+    """Raise `ValueError` unless a stage that does not train was given trained weights."""
+    rule = f"given: {stage} works on trained weights, such as those in a run's folder weights/"
+    require(run.init is not None, "run.init", rule, "none")
 
 
 @dataclass(frozen=True)
@@ -29,6 +48,11 @@ class StageConfig:
     """Rewards."""
     eval: EvalConfig = field(default_factory=EvalConfig)
     """Evaluation."""
+    given: Given = field(default_factory=Given, compare=False, repr=False)
+    """Keys that the user set; not a value of the configuration."""
+
+    unheeded: ClassVar[Mapping[str, str]] = {}
+    """Keys and sections that a recipe may hold and the stage does not use, each with what to do instead."""
 
     @property
     def supervised(self) -> SftTraining | None:
@@ -79,7 +103,7 @@ class GrpoConfig(StageConfig):
         return self.warmup if self.warmup.steps else None
 
     def __post_init__(self) -> None:
-        require(self.steps >= 1, "steps", "at least 1", self.steps)
+        at_least(1, self, "steps")
         require(0 <= self.record_step <= self.steps, "record_step", f"in 0..steps = {self.steps}", self.record_step)
         require(
             self.sampling.temperature > 0,
@@ -87,6 +111,8 @@ class GrpoConfig(StageConfig):
             "above 0 for GRPO: greedy responses of a group are all equal",
             self.sampling.temperature,
         )
+        updates = self.steps * self.algorithm.minibatches * self.algorithm.epochs
+        check_warmup(self.optim, updates, "steps x minibatches x epochs")
 
 
 @dataclass(frozen=True)
@@ -95,6 +121,15 @@ class EvaluateConfig(StageConfig):
 
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     """How pass@k samples; greedy accuracy is measured as well."""
+
+    unheeded: ClassVar[Mapping[str, str]] = {
+        "eval.every": "it counts steps of training",
+        "eval.tasks": "it counts for evaluation while training; data.heldout_tasks says how many tasks there are",
+        "run.overwrite": "it keeps no run",
+    }
+
+    def __post_init__(self) -> None:
+        require_weights(self.run, "eval")
 
 
 @dataclass(frozen=True)
@@ -108,8 +143,15 @@ class GenerateConfig(StageConfig):
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     """How responses are sampled."""
 
+    unheeded: ClassVar[Mapping[str, str]] = {
+        "eval": "dsm-train eval evaluates",
+        "rewards": "dsm-train eval grades responses",
+        "run.overwrite": "it keeps no run",
+    }
+
     def __post_init__(self) -> None:
-        require(self.num_samples >= 1, "num_samples", "at least 1", self.num_samples)
+        require_weights(self.run, "generate")
+        at_least(1, self, "num_samples")
 
 
 @dataclass(frozen=True)
@@ -135,8 +177,14 @@ class VerifyStepConfig(StageConfig):
     optim: OptimConfig = field(default_factory=OptimConfig)
     """Optimizer."""
 
+    unheeded: ClassVar[Mapping[str, str]] = {
+        "eval": "it evaluates nothing",
+        "rewards": "the rewards are those that were recorded",
+        "run.overwrite": "it keeps no run",
+    }
+
     def __post_init__(self) -> None:
-        require(self.layers is None or self.layers >= 1, "layers", "at least 1", self.layers)
+        at_least(1, self, "layers")
         require(
             self.sampling.temperature > 0, "sampling.temperature", "above 0, as in training", self.sampling.temperature
         )

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-import math
+import importlib.util
+import json
 import subprocess
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal, Optional
 
 import pytest
 
-from dsm_train import cli
-from dsm_train.cli import load_config, parse_section, to_yaml, user_errors
+from dsm_train.__main__ import main
+from dsm_train.cli import errors, hints, load, load_config, parse_section, to_yaml, user_errors
+from dsm_train.configs import EvaluateConfig, GrpoConfig, SftConfig, StageConfig, VerifyStepConfig
+from dsm_train.stages import table
 
 
 @dataclass(frozen=True)
@@ -68,7 +71,7 @@ class Deep:
     stage: Config = field(default_factory=lambda: Config("deep", rollout=Rollout(group_size=16)))
 
 
-def load(*argv: str) -> Config:
+def build(*argv: str) -> Config:
     return load_config(Config, argv, prog="dsm-train grpo", description="Train.")
 
 
@@ -80,7 +83,7 @@ def recipe(folder: Path, text: str) -> str:
 
 def test_defaults_come_from_the_parent():
     # group_size 4 is the default of Config, not of Rollout: setting a sibling must not lose it
-    assert load("name=a", "rollout.temperature=0.5").rollout == Rollout(group_size=4, temperature=0.5)
+    assert build("name=a", "rollout.temperature=0.5").rollout == Rollout(group_size=4, temperature=0.5)
 
 
 def test_defaults_come_from_the_grandparent():
@@ -90,7 +93,7 @@ def test_defaults_come_from_the_grandparent():
 
 def test_recipe_then_overrides_later_wins(tmp_path: Path):
     path = recipe(tmp_path, "name: a\nseed: 1\nlr: 1e-4\nrollout:\n  group_size: 16\n  stop: [a, 'b,c']\ndata:\n")
-    config = load("seed=2", "--config", path, "--rollout.group-size", "32", "--lr=1e-5", "seed=3")
+    config = build("seed=2", "--config", path, "--rollout.group-size", "32", "--lr=1e-5", "seed=3")
     assert config == Config("a", seed=3, lr=1e-5, rollout=Rollout(group_size=32, stop=("a", "b,c")))
 
 
@@ -99,7 +102,6 @@ def test_recipe_then_overrides_later_wins(tmp_path: Path):
     [
         ("lr: 1e-6", Config("n", lr=1e-6)),  # a string to YAML 1.1
         ("lr: 3", Config("n", lr=3.0)),
-        ("lr: .inf", Config("n", lr=math.inf)),
         ("rollout: {top_k: 5}", Config("n", rollout=Rollout(group_size=4, top_k=5))),
         ("rollout: {top_k: null}", Config("n")),
         ("rollout: {stop: []}", Config("n", rollout=Rollout(group_size=4, stop=()))),
@@ -112,7 +114,7 @@ def test_recipe_then_overrides_later_wins(tmp_path: Path):
     ],
 )
 def test_recipe_values(tmp_path: Path, written: str, expected: Config):
-    assert load("--config", recipe(tmp_path, written), "name=n") == expected
+    assert build("--config", recipe(tmp_path, written), "name=n") == expected
 
 
 @pytest.mark.parametrize(
@@ -128,7 +130,7 @@ def test_recipe_values(tmp_path: Path, written: str, expected: Config):
     ],
 )
 def test_argument_values(argument: str, expected: Data):
-    assert load("name=n", "data.path=x", "data.path=None", argument).data == expected
+    assert build("name=n", "data.path=x", "data.path=None", argument).data == expected
 
 
 @pytest.mark.parametrize(
@@ -144,7 +146,7 @@ def test_argument_values(argument: str, expected: Data):
 )
 def test_switches(tmp_path: Path, argv: list[str], shuffle: bool, seed: int):
     off = recipe(tmp_path, f"name: n\ndata: {{path: x, shuffle: {not shuffle}}}")
-    config = load("--config", off, *argv)
+    config = build("--config", off, *argv)
     assert config.data.shuffle is shuffle and config.seed == seed
 
 
@@ -165,17 +167,17 @@ def test_a_section_in_one_value():
 
 @pytest.mark.parametrize(("text", "expected"), [("[a, 'b,c']", ("a", "b,c")), ("a", ("a",)), ("", ()), ("[]", ())])
 def test_lists_on_the_command_line(text: str, expected: tuple[str, ...]):
-    assert load("name=n", f"rollout.stop={text}").rollout.stop == expected
+    assert build("name=n", f"rollout.stop={text}").rollout.stop == expected
 
 
 def test_effective_config_loads_back(tmp_path: Path):
     config = Config(
         "null hypothesis: 1e-6 # no",
         lr=1e-7,
-        rollout=Rollout(stop=("\n\n", "", "'", "--x", "é"), top_k=3, temperature=math.inf),
+        rollout=Rollout(stop=("\n\n", "", "'", "--x", "é"), top_k=3, temperature=1e9),
         data=Data(path="yes", shuffle=False),
     )
-    assert load("--config", recipe(tmp_path, to_yaml(config))) == config
+    assert build("--config", recipe(tmp_path, to_yaml(config))) == config
 
 
 @pytest.mark.parametrize(
@@ -188,7 +190,9 @@ def test_effective_config_loads_back(tmp_path: Path):
         (["rollout.group_size=x"], "rollout.group_size: expected an integer, got 'x'"),
         (["seed=1.5"], "seed: expected an integer, got '1.5'"),
         (["seed="], "seed: expected an integer, got ''"),
-        (["lr=fast"], "lr: expected a number, got 'fast'"),
+        (["lr=fast"], "lr: expected a finite number, got 'fast'"),
+        (["lr=nan"], "lr: expected a finite number, got 'nan'"),  # no value of a run is NaN or infinite
+        (["lr=-inf"], "lr: expected a finite number, got '-inf'"),
         (["data.shuffle=maybe"], "data.shuffle: expected true or false, got 'maybe'"),
         (["data.kind=sum"], "data.kind: expected one of sums, words, got 'sum'"),
         (["rollout.top_k=x"], "rollout.top_k: expected an integer or null, got 'x'"),
@@ -205,13 +209,13 @@ def test_effective_config_loads_back(tmp_path: Path):
 )
 def test_wrong_arguments(argv: list[str], message: str):
     with pytest.raises(ValueError) as error:
-        load("name=n", *argv)
+        build("name=n", *argv)
     assert str(error.value) == message
 
 
 def test_required_value():
     with pytest.raises(ValueError, match=r"^name has no default: add name=VALUE or set it in the recipe$"):
-        load("seed=1")
+        build("seed=1")
 
 
 @pytest.mark.parametrize(
@@ -220,6 +224,7 @@ def test_required_value():
         ("name: n\nrollout:\n  grup_size: 4", "x.yaml:3: unknown key 'rollout.grup_size'; did you mean"),
         ("name: n\nseed: [1, 2]", "x.yaml:2: seed: expected an integer, got the list ['1', '2']"),
         ("name: n\nseed: null", "x.yaml:2: seed: expected an integer, got null"),
+        ("name: n\nlr: .inf", "x.yaml:2: lr: expected a finite number, got '.inf'"),
         ("seed: {a: 1}", "x.yaml:1: seed: expected a value, got a section"),
         ("rollout: 4", "x.yaml:1: rollout is a section, not a value"),
         ("seed: 1\nseed: 2", "x.yaml:2: seed is given twice; the first is at"),
@@ -230,14 +235,14 @@ def test_required_value():
 )
 def test_wrong_recipes(tmp_path: Path, written: str, message: str):
     with pytest.raises(ValueError) as error:
-        load("--config", recipe(tmp_path, written))
+        build("--config", recipe(tmp_path, written))
     assert message in str(error.value)
 
 
 def test_missing_recipe_names_the_nearest(tmp_path: Path):
     (tmp_path / "quickstart.yaml").touch()
     with pytest.raises(ValueError, match=r"quikstart.yaml' does not exist; did you mean '.*quickstart.yaml'\?$"):
-        load("--config", str(tmp_path / "quikstart.yaml"))
+        build("--config", str(tmp_path / "quikstart.yaml"))
 
 
 def test_user_error_is_one_line_and_status_2(capsys: pytest.CaptureFixture[str]):
@@ -247,18 +252,20 @@ def test_user_error_is_one_line_and_status_2(capsys: pytest.CaptureFixture[str])
     assert capsys.readouterr().err == "dsm-train grpo: first second\n"
 
 
-def test_the_first_rank_of_a_machine_speaks_for_all(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-):
-    said = []
-    monkeypatch.setattr(cli.time, "sleep", lambda seconds: said.append(capsys.readouterr().err))
-    for rank, waits in (("0", []), ("1", [""])):  # the second has said nothing until it has waited to be ended
-        said.clear()
-        monkeypatch.setenv("LOCAL_RANK", rank)
+def test_rank_0_speaks_for_all(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path):
+    waited: list[float] = []
+    monkeypatch.setattr(errors.time, "sleep", waited.append)
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "error.json"))
+    # rank 0 at once; then the first rank of each other node, then all others, if nobody has ended them by then
+    for rank, local_rank, seconds in (("0", "0", 0), ("8", "0", 10), ("1", "1", 20), ("9", "1", 20)):
+        monkeypatch.setenv("RANK", rank)
+        monkeypatch.setenv("LOCAL_RANK", local_rank)
         with pytest.raises(SystemExit) as stop, user_errors("dsm-train grpo"):
             raise ValueError("wrong")
-        assert stop.value.code == 2 and said == waits
+        assert stop.value.code == 2 and waited.pop() == seconds
         assert capsys.readouterr().err == "dsm-train grpo: wrong\n"
+    words = json.loads((tmp_path / "error.json").read_text())["message"]
+    assert words["message"] == "dsm-train grpo: wrong" and int(words["extraInfo"]["timestamp"]) > 1e9
 
 
 def test_other_errors_keep_their_traceback():
@@ -269,7 +276,7 @@ def test_other_errors_keep_their_traceback():
 def test_help_teaches_every_field_at_80_columns(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
     monkeypatch.setenv("COLUMNS", "80")
     with pytest.raises(SystemExit) as stop:
-        load("--help")
+        build("--help")
     page = capsys.readouterr().out
     assert stop.value.code == 0
     assert "dsm-train grpo --config recipes/x.yaml rollout.group_size=VALUE" in page
@@ -279,32 +286,205 @@ def test_help_teaches_every_field_at_80_columns(monkeypatch: pytest.MonkeyPatch,
     assert max(map(len, page.splitlines())) <= 80 and "\x1b" not in page
 
 
-def test_import_is_light():
+@pytest.mark.parametrize("stage", [stage.name for stage in table.STAGES if not stage.has_steps])
+def test_help_loads_nothing_heavy(stage: str):
     # --help and a misspelt key must answer at once, not after torch is loaded
-    code = "import sys, dsm_train.cli, dsm_train.reporting.metrics; "
-    code += "sys.exit(bool({'torch', 'megatron'} & set(sys.modules)))"
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+    heavy = {"torch", "megatron", "transformers", "pyarrow", "numpy"}
+    code = f"""
+import resource, sys
+from dsm_train.__main__ import main
+try:
+    main([{stage!r}, "--help"])
+except SystemExit as end:
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    print(end.code, sorted({heavy!r} & set(sys.modules)), used.ru_utime + used.ru_stime < 1.0)
+"""
+    printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False).stdout
+    assert printed.splitlines()[-1] == "0 [] True"
 
 
-def test_a_recipe_serves_several_stages(tmp_path: Path) -> None:
-    # GRPO's recipe starts an evaluation: what only GRPO has is passed over, and a slip is still a slip
-    from dsm_train.configs import EvaluateConfig, GrpoConfig
-
-    recipe = tmp_path / "grpo.yaml"
-    recipe.write_text("steps: 3\nwarmup: {steps: 1, optim: {lr: 1e-3}}\nsampling: {max_new_tokens: 7}\n")
-    known = {"prog": "x", "description": "", "others": [GrpoConfig, EvaluateConfig]}
-    config = load_config(EvaluateConfig, ["--config", str(recipe)], **known)
-    assert config.sampling.max_new_tokens == 7
-    with pytest.raises(ValueError, match="unknown key 'steps'"):
-        load_config(EvaluateConfig, ["steps=3"], **known)
-    recipe.write_text("warmup: {stepz: 1}\n")
-    with pytest.raises(ValueError, match="warmup.stepz"):
-        load_config(EvaluateConfig, ["--config", str(recipe)], **known)
+def test_usage_and_version(capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit) as stop:
+        main(["--help"])
+    page = capsys.readouterr().out
+    assert stop.value.code == 0 and max(map(len, page.splitlines())) <= 100
+    assert all(stage.name in page and stage.sentence in page for stage in table.STAGES)
+    main(["--version"])
+    names = [line.split()[0] for line in capsys.readouterr().out.splitlines()]
+    assert names == ["dsm-train", "python", "torch", "megatron-core"]
 
 
-@pytest.mark.parametrize("recipe", sorted(Path(__file__).parents[1].glob("recipes/*.yaml")), ids=lambda path: path.stem)
-def test_every_recipe_loads_in_every_stage(recipe: Path) -> None:
-    from dsm_train.__main__ import stage_configs
+@pytest.mark.parametrize("stage", table.STAGES, ids=lambda stage: stage.name)
+def test_rows_of_the_table_name_what_is_there(stage: table.Stage):
+    module, _, function = stage.function.partition(":")
+    spec = importlib.util.find_spec(module)
+    assert spec is not None and spec.origin is not None
+    assert f"\ndef {function}(" in Path(spec.origin).read_text()
+    assert stage.configuration().__name__ == stage.config.partition(":")[2]
 
-    for stage in stage_configs():
-        load_config(stage, ["--config", str(recipe)], prog="x", description="", others=stage_configs())
+
+def test_no_stage_is_both_built_and_coming():
+    names = [stage.name for stage in table.STAGES] + list(table.COMING)
+    assert len(names) == len(set(names))
+
+
+CONFIGS = {"grpo": GrpoConfig, "sft": SftConfig, "eval": EvaluateConfig, "verify-step": VerifyStepConfig}
+
+
+def load_stage(name: str, folder: Path, text: str, *arguments: str) -> StageConfig:
+    path, init = recipe(folder, text), ("run.init=w",) if name == "eval" else ()
+    argv = ["--config", path, *init, *arguments]
+    return load_config(CONFIGS[name], argv, prog=f"dsm-train {name}", description="", others=table.others(name))
+
+
+GRPO = """
+warmup: {steps: 3, optim: {lr: 1e-3}}
+algorithm: {group_size: 4}
+sampling: {max_new_tokens: 7}
+steps: 3
+"""
+
+
+@pytest.mark.parametrize(
+    ("stage", "text", "note"),
+    [
+        ("grpo", GRPO, ""),
+        ("eval", GRPO, "not used by eval: warmup, algorithm, steps"),
+        ("verify-step", GRPO, "not used by verify-step: warmup, steps"),
+        ("sft", GRPO + "sft: {steps: 5}", "not used by sft: warmup, algorithm, steps; sft reads sft.optim.lr"),
+        ("sft", GRPO + "sft: {steps: 5, optim: {lr: 1e-4}}", "not used by sft: warmup, algorithm, steps"),
+        ("sft", "steps: 3", "not used by sft: steps; sft reads sft.steps"),
+        ("grpo", GRPO + "sft: {optim: {lr: 1}}", "not used by grpo: sft"),
+        ("grpo", "tokenizer: {path: x}\nsft: {steps: 3}", "not used by grpo: tokenizer, sft; grpo reads warmup.steps"),
+    ],
+)
+def test_a_recipe_serves_several_stages(
+    stage: str,
+    text: str,
+    note: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+):
+    load_stage(stage, tmp_path, text)
+    assert capsys.readouterr().err == (f"dsm-train {stage}: {note}\n" if note else "")
+    monkeypatch.setenv("RANK", "1")
+    load_stage(stage, tmp_path, text)
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    ("stage", "text", "message"),
+    [
+        # an optimizer under another stage's name alone, and nothing of the stage's own: nothing would be heeded
+        ("sft", "optim: {lr: 1e-2}", "x.yaml:1: not used by sft: optim; sft reads sft.optim.lr: set that"),
+        ("sft", GRPO, "not used by sft: warmup, algorithm, steps; sft reads sft.optim.lr: set that"),
+        ("grpo", "sft: {optim: {lr: 1}}", "not used by grpo: sft; grpo reads warmup.optim.lr and optim.lr: set that"),
+        # values at the top of stages for which no recipes are written
+        ("grpo", "steps: 3\nlayers: 3", "x.yaml:2: layers is a key of verify-step alone; did you mean 'model.layers'?"),
+        ("grpo", "num_samples: 3", "x.yaml:1: num_samples is a key of generate alone"),
+        ("grpo", "batch: x", "x.yaml:1: batch is a key of verify-step alone; did you mean 'warmup.batch'?"),
+        # slips, in sections of this stage and of others
+        ("eval", "warmup: {stepz: 1}", "x.yaml:1: unknown key 'warmup.stepz'"),
+        ("grpo", "run: {stepz: 1}", "x.yaml:1: unknown key 'run.stepz'"),
+        ("grpo", "stepz: 1", "x.yaml:1: unknown key 'stepz'; did you mean 'steps'?"),
+    ],
+)
+def test_a_recipe_that_would_be_swallowed(stage: str, text: str, message: str, tmp_path: Path):
+    with pytest.raises(ValueError) as error:
+        load_stage(stage, tmp_path, text)
+    assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("stage", "argument", "message"),
+    [
+        ("sft", "optim.lr=1", "optim.lr is a key of grpo, verify-step alone; did you mean 'sft.optim.lr'?"),
+        ("eval", "steps=3", "steps is a key of grpo alone"),
+        ("eval", "eval.tasks=3", "eval.tasks is not used by eval: it counts for evaluation while training; data.held"),
+    ],
+)
+def test_a_key_of_another_stage_on_the_command_line(stage: str, argument: str, message: str, tmp_path: Path):
+    with pytest.raises(ValueError) as error:
+        load_stage(stage, tmp_path, "", argument)
+    assert str(error.value).startswith(message)
+
+
+@pytest.mark.parametrize(
+    ("stage", "key", "meant"),
+    [
+        ("grpo", "learning_rate", "'optim.lr'"),
+        ("grpo", "optim.learning_rate", "'optim.lr'"),
+        ("grpo", "warmup.optim.learning_rate", "'warmup.optim.lr'"),
+        ("sft", "learning_rate", "'sft.optim.lr'"),
+        ("grpo", "beta", "'algorithm.kl_coef'"),
+        ("grpo", "actor_rollout_ref.actor.kl_loss_coef", "'algorithm.kl_coef'"),
+        ("grpo", "epsilon", "'algorithm.clip_low' and 'algorithm.clip_high'"),
+        ("grpo", "num_generations", "'algorithm.group_size'"),
+        ("grpo", "per_device_train_batch_size", "'algorithm.prompts_per_step'"),
+        ("sft", "per_device_train_batch_size", "'sft.batch'"),
+        ("grpo", "max_completion_length", "'sampling.max_new_tokens'"),
+        ("grpo", "max_new_tokens", "'sampling.max_new_tokens'"),
+        ("grpo", "tensor_model_parallel_size", "'parallel.tp'"),
+        ("grpo", "micro_batch_size", "'run.max_tokens'"),
+        ("grpo", "model_name_or_path", "'run.init'"),
+        ("grpo", "model.path", "'run.init'"),
+        ("grpo", "output_dir", "'run.out'"),
+        ("sft", "max_steps", "'sft.steps'"),
+    ],
+)
+def test_names_from_elsewhere(stage: str, key: str, meant: str, tmp_path: Path):
+    with pytest.raises(ValueError) as error:
+        load_stage(stage, tmp_path, "", f"{key}=1")
+    assert str(error.value) == f"unknown key {key!r}; did you mean {meant}?"
+
+
+def test_every_name_from_elsewhere_means_a_key():
+    known = set().union(*(load._leaves(config) for config in CONFIGS.values()))
+    for names in hints.ELSEWHERE.values():
+        for name in " and ".join(names).split(" and "):
+            assert name in known, name
+
+
+@pytest.mark.parametrize(
+    ("stage", "argument", "message"),
+    [
+        ("grpo", "optim.beta1=1", "optim.beta1 must be at least 0 and below 1; got 1.0"),
+        ("grpo", "warmup.optim.beta2=-1", "warmup.optim.beta2 must be at least 0 and below 1; got -1.0"),
+        ("grpo", "optim.eps=0", "optim.eps must be above 0; got 0.0"),
+        ("sft", "sft.optim.weight_decay=-1", "sft.optim.weight_decay must be at least 0; got -1.0"),
+        ("grpo", "run.threads=-3", "run.threads must be at least 0; got -3"),
+        ("grpo", f"run.seed={2**70}", f"run.seed must be at least 0 and below 2^32; got {2**70}"),
+        ("grpo", "algorithm.clip_low=1.5", "algorithm.clip_low must be at most 1; got 1.5"),
+        ("grpo", "algorithm.kl_coef=-1", "algorithm.kl_coef must be at least 0; got -1.0"),
+        ("grpo", "model.norm_eps=0", "model.norm_eps must be above 0; got 0.0"),
+        ("grpo", "optim.warmup_steps=200", "optim.warmup_steps must be below steps x minibatches x epochs = 200, the"),
+        ("sft", "sft.optim.warmup_steps=500", "sft.optim.warmup_steps must be below steps = 500, the number of upda"),
+        ("grpo", "rewards.numeric=-1", "rewards.numeric must be"),
+    ],
+)
+def test_values_that_cannot_be(stage: str, argument: str, message: str, tmp_path: Path):
+    with pytest.raises(ValueError) as error:
+        load_stage(stage, tmp_path, "", argument)
+    assert str(error.value).startswith(message)
+
+
+@pytest.mark.parametrize("stage", ["eval", "generate"])
+def test_random_weights_are_not_evaluated(stage: str):
+    row = table.find(stage)
+    with pytest.raises(ValueError, match=rf"^run.init must be given: {stage} works on trained weights"):
+        load_config(row.configuration(), [], prog=f"dsm-train {stage}", description="")
+
+
+def test_a_configuration_knows_what_was_given_and_where(tmp_path: Path):
+    config = load_stage("grpo", tmp_path, "steps: 3\noptim: {lr: 1}", "optim.lr=2")
+    assert config.given == {"steps": f"{tmp_path}/x.yaml:1: ", "optim.lr": ""}
+    assert replace(config, run=config.run).given == config.given
+    assert "given" not in to_yaml(config) and config == load_stage("grpo", tmp_path, to_yaml(config))
+
+
+@pytest.mark.parametrize("path", sorted(Path(__file__).parents[1].glob("recipes/*.yaml")), ids=lambda path: path.stem)
+def test_every_recipe_of_a_training_serves_what_does_not_train(path: Path, tmp_path: Path):
+    if path.stem != "corpus":
+        for stage in ("grpo", "eval", "verify-step"):
+            load_stage(stage, tmp_path, path.read_text())

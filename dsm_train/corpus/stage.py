@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
+from dsm_train.stages.table import Stage
+
 PACKAGES = tuple("datatrove fastwarc fasttext pyarrow regex resiliparse tokenizers tyro xxhash zstandard".split())
 """What the steps import, of the extras `train` and `corpus`."""
 
@@ -92,8 +94,11 @@ RUN = ("extract", "dedup", "rounds", "decontaminate", "tokenise")
 """The steps of `corpus run`, in order."""
 
 
-def main(arguments: Sequence[str]) -> None:
-    """Run `corpus STEP [--config FILE] [key=value ...]`; errors are one line on stderr and exit status 2."""
+def main(arguments: Sequence[str], others: Sequence[Stage] = ()) -> None:
+    """Run `corpus STEP [--config FILE] [key=value ...]`; errors are one line on stderr and exit status 2.
+
+    `others`: the other stages, whose keys a shared recipe may hold.
+    """
     if not arguments or arguments[0] in ("-h", "--help"):
         print(_usage())
         raise SystemExit(0 if arguments else 2)
@@ -106,11 +111,10 @@ def main(arguments: Sequence[str]) -> None:
     if missing:
         _refuse(f"the corpus needs {', '.join(missing)}: pip install --no-build-isolation '.[train,corpus]'")
     steps = [known[step] for step in (RUN if name == "run" else (name,))]
-    _run(f"dsm-train corpus {name}", steps, rest)
+    _run(f"dsm-train corpus {name}", steps, rest, others)
 
 
-def _run(prog: str, steps: Sequence[Step], arguments: Sequence[str]) -> None:
-    from dsm_train.__main__ import stage_configs
+def _run(prog: str, steps: Sequence[Step], arguments: Sequence[str], others: Sequence[Stage]) -> None:
     from dsm_train.cli import load_config, user_errors
     from dsm_train.corpus.config import CorpusConfig
 
@@ -118,7 +122,7 @@ def _run(prog: str, steps: Sequence[Step], arguments: Sequence[str]) -> None:
         arguments = ["--config", str(steps[0].recipe), *arguments]
     description = " ".join(step.description for step in steps) if len(steps) == 1 else "All steps: " + ", ".join(RUN)
     with user_errors(prog):
-        config = load_config(CorpusConfig, arguments, prog=prog, description=description, others=stage_configs())
+        config = load_config(CorpusConfig, arguments, prog=prog, description=description, others=others)
         _check(steps, config)
         try:
             for step in steps:

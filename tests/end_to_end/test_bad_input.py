@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from commands import GRPO, TINY, refused, run, run_apart, write_gsm8k
+from commands import GRPO, TINY, refused, run, run_apart, torchrun, write_gsm8k
 
 Capsys = pytest.CaptureFixture[str]
 
@@ -184,10 +184,21 @@ def test_a_tokenizer_that_the_weights_have_no_rows_for(tmp_path: Path, capsys: C
 
 
 def test_a_prompt_to_generate_from_is_checked_too(tmp_path: Path, capsys: Capsys) -> None:
-    common = [*TINY, f"run.out={tmp_path / 'run'}", "sampling.max_new_tokens=5"]
+    run("sft", *TINY, f"run.out={tmp_path / 'sft'}", "sft.steps=1", "sampling.max_new_tokens=5")
+    common = [*TINY, f"run.out={tmp_path / 'run'}", f"run.init={tmp_path / 'sft' / 'weights'}",
+              "sampling.max_new_tokens=5"]  # fmt: skip
     assert "no token" in refused(capsys, "generate", *common, 'prompts=[""]', has_begun=True)
     line = refused(capsys, "generate", *common, f"prompts=['{'1+' * 60}']", has_begun=True)
     assert "model.max_length = 64" in line and "1+1+" in line
+
+
+def test_ranks_say_it_once_and_torchrun_at_its_end(tmp_path: Path) -> None:
+    result = torchrun(2, "-m", "dsm_train", "grpo", *GRPO, f"run.out={tmp_path / 'run'}", "algorithm.group_size=1")
+    line = "dsm-train grpo: algorithm.group_size must be at least 2: GRPO's baseline is the group's mean; got 1"
+    lines = result.stderr.splitlines()
+    assert result.returncode != 0 and lines.count(line) == 1  # one rank, before torchrun's own report
+    assert lines[-2].endswith(line) and set(lines[-1]) == {"="}  # and where that ends
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(
