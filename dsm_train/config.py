@@ -242,6 +242,8 @@ class RunConfig:
 
     out: Path = Path("runs/run")
     """Folder for metrics, samples, report and weights."""
+    overwrite: bool = False
+    """Replace the finished run that `out` holds, its weights as well; without it such a folder is refused."""
     init: Path | None = None
     """Folder of weights to start from (written by another stage); none: random weights."""
     seed: int = 0

@@ -1,0 +1,148 @@
+"""A run's folder: claimed by one run at a time, never with files of two runs in it."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+import socket
+from datetime import datetime
+from pathlib import Path
+from typing import Any, TextIO
+
+from dsm_train.reporting.metrics import prepare_output
+
+STATE = "run.json"
+"""Who runs or ran here, and whether it finished; locked while the run lives."""
+FILES = (
+    "config.yaml",
+    "metrics.jsonl",
+    "samples.jsonl",
+    "tensorboard",
+    "report.json",
+    "curve.png",
+    "eval.json",
+    "weights",
+)
+"""What a run writes. Files of other names in the folder are the user's and stay."""
+
+
+class RunFolder:
+    """The output folder of a run that trains, held by the main rank.
+
+    with RunFolder.claim(Path("runs/x"), overwrite=False) as folder:
+        ...
+        folder.finish()    # without it the run counts as broken off
+    """
+
+    def __init__(self, path: Path, state: dict[str, Any], file: TextIO) -> None:
+        self.path, self._state, self._file = path, state, file
+
+    @classmethod
+    def claim(cls, path: Path, *, overwrite: bool, init: Path | None = None) -> RunFolder:
+        """Take the folder for a new run, creating it where it is missing.
+
+        Files of a finished run are removed with `overwrite`; those of a run that was broken off are moved as a whole
+        to unfinished-DATE-TIME. init: weights that the new run starts from.
+        Raises ValueError when the folder cannot be written, another run lives in it, a finished run would be lost, or
+        `init` lies among the files to go. A file system without locks lets a second run in.
+        """
+        prepare_output(path)
+        file = (path / STATE).open("a+", encoding="utf-8")
+        try:
+            state = _lock(path, file)
+            _make_room(path, state, overwrite, init)
+        except BaseException:
+            file.close()
+            raise
+        folder = cls(path, {"pid": os.getpid(), "host": socket.gethostname(), "started": _now()}, file)
+        folder._write({"finished": None})
+        return folder
+
+    def finish(self) -> None:
+        """Note that the run did all it was asked for."""
+        self._write({"finished": _now()})
+
+    def close(self) -> None:
+        """Let other runs have the folder."""
+        self._file.close()
+
+    def _write(self, change: dict[str, Any]) -> None:
+        self._state |= change
+        self._file.seek(0)
+        self._file.truncate()
+        self._file.write(json.dumps(self._state) + "\n")
+        self._file.flush()
+
+    def __enter__(self) -> RunFolder:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def new_folder(stage: str, parent: Path = Path("runs")) -> Path:
+    """Create and return parent/STAGE-DATE-TIME, a folder that no other run has."""
+    prepare_output(parent)
+    name = f"{stage}-{_now()}"
+    for count in range(1, 1000):
+        path = parent / (name if count == 1 else f"{name}-{count}")
+        try:
+            path.mkdir()
+        except FileExistsError:
+            continue
+        return path
+    raise ValueError(f"{parent} holds a thousand runs of this second: set run.out")
+
+
+def _lock(path: Path, file: TextIO) -> dict[str, Any]:
+    """Lock the state's file and return the state that an earlier run left; ValueError while that run lives."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        state = _read(file)
+        who = f"process {state.get('pid')} on {state.get('host')}, since {state.get('started')}"
+        raise ValueError(f"run.out: a run lives in {path} ({who}): choose another folder, or stop that run") from None
+    except OSError:
+        pass  # there are file systems without locks
+    return _read(file)
+
+
+def _read(file: TextIO) -> dict[str, Any]:
+    file.seek(0)
+    try:
+        state = json.loads(file.read() or "{}")
+    except json.JSONDecodeError:  # killed while writing
+        return {}
+    return state if isinstance(state, dict) else {}
+
+
+def _make_room(path: Path, state: dict[str, Any], overwrite: bool, init: Path | None) -> None:
+    """Remove or move aside what an earlier run left."""
+    old = [path / name for name in FILES if (path / name).exists()]
+    finished = state.get("finished") or (not state and (path / "weights").exists())
+    if finished and not overwrite:
+        when = f" on {finished}" if isinstance(finished, str) else ""
+        raise ValueError(
+            f"run.out: {path} holds a run that finished{when}: choose another folder, or replace it with "
+            "run.overwrite=true"
+        )
+    if init is not None and any(init.absolute().is_relative_to(file.absolute()) for file in old):
+        raise ValueError(f"run.init = {init} is among the files that this run replaces: choose another run.out")
+    if not old:
+        return
+    aside = None if finished else path / f"unfinished-{state.get('started') or _now()}"
+    for file in old:
+        if aside is not None:
+            aside.mkdir(exist_ok=True)
+            file.rename(aside / file.name)
+        elif file.is_dir():
+            shutil.rmtree(file)
+        else:
+            file.unlink()
+
+
+def _now() -> str:
+    """Date and time, as a part of a file's name."""
+    return datetime.now().strftime("%Y%m%d-%H%M%S")

@@ -1,0 +1,119 @@
+"""A run's folder holds one run."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from dsm_train.reporting.folder import FILES, RunFolder, new_folder
+from dsm_train.reporting.metrics import Metrics
+
+HOLD = """
+import sys
+from pathlib import Path
+from dsm_train.reporting.folder import RunFolder
+with RunFolder.claim(Path(sys.argv[1]), overwrite=False):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+def write_run(path: Path, text: str, *, finish: bool, overwrite: bool = False) -> None:
+    with RunFolder.claim(path, overwrite=overwrite) as folder:
+        for name in FILES:
+            if "." in name:
+                (path / name).write_text(text)
+            else:
+                (path / name).mkdir()
+                (path / name / "file").write_text(text)
+        if finish:
+            folder.finish()
+
+
+def contents(path: Path) -> dict[str, str]:
+    return {str(file.relative_to(path)): file.read_text() for file in path.rglob("*") if file.is_file()}
+
+
+def test_a_finished_run_is_not_touched(tmp_path: Path):
+    write_run(tmp_path, "first", finish=True)
+    before = contents(tmp_path)
+    with pytest.raises(
+        ValueError, match=r"^run.out: .* holds a run that finished on \d{8}-\d{6}: .*run.overwrite=true"
+    ):
+        RunFolder.claim(tmp_path, overwrite=False)
+    assert contents(tmp_path) == before
+
+
+def test_overwriting_leaves_nothing_of_the_old_run_and_all_of_the_user_s(tmp_path: Path):
+    write_run(tmp_path, "first", finish=True)
+    (tmp_path / "notes.txt").write_text("mine")
+    with RunFolder.claim(tmp_path, overwrite=True):
+        assert set(contents(tmp_path)) == {"run.json", "notes.txt"}  # a crash here leaves no old weights behind
+
+
+def test_a_run_that_was_broken_off_is_moved_aside_as_a_whole(tmp_path: Path):
+    write_run(tmp_path, "first", finish=False)
+    write_run(tmp_path, "second", finish=True)
+    (aside,) = tmp_path.glob("unfinished-*")
+    assert set(contents(aside).values()) == {"first"} and {path.name for path in aside.iterdir()} == set(FILES)
+    assert {(tmp_path / name).read_text() for name in FILES if "." in name} == {"second"}
+
+
+def test_weights_of_unknown_origin_count_as_a_finished_run(tmp_path: Path):
+    (tmp_path / "weights").mkdir()
+    with pytest.raises(ValueError, match="holds a run that finished: choose another folder"):
+        RunFolder.claim(tmp_path, overwrite=False)
+
+
+@pytest.mark.parametrize("finish", [True, False])
+def test_weights_to_start_from_are_never_replaced(finish: bool, tmp_path: Path):
+    write_run(tmp_path, "first", finish=finish)
+    with pytest.raises(ValueError, match=r"run.init = .*weights is among the files that this run replaces"):
+        RunFolder.claim(tmp_path, overwrite=True, init=tmp_path / "weights")
+    assert (tmp_path / "weights" / "file").read_text() == "first"
+
+
+def test_two_runs_at_once(tmp_path: Path):
+    first = subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert first.stdout is not None and first.stdout.readline() == "held\n"
+    for overwrite in (False, True):
+        with pytest.raises(
+            ValueError, match=rf"a run lives in .* \(process {first.pid} on {os.uname().nodename}, since"
+        ):
+            RunFolder.claim(tmp_path, overwrite=overwrite)
+    first.send_signal(signal.SIGKILL)
+    first.wait()
+    RunFolder.claim(tmp_path, overwrite=False).close()  # a killed run holds nothing
+
+
+def test_half_a_state_is_an_unfinished_run(tmp_path: Path):
+    (tmp_path / "run.json").write_text('{"pid": 1, "finis')
+    (tmp_path / "metrics.jsonl").write_text("old")
+    RunFolder.claim(tmp_path, overwrite=False).close()
+    assert [path.read_text() for path in tmp_path.glob("unfinished-*/metrics.jsonl")] == ["old"]
+
+
+def test_default_names_are_new_each_time(tmp_path: Path):
+    folders = [new_folder("grpo", tmp_path / "runs") for _ in range(3)]
+    assert len(set(folders)) == 3 and all(path.is_dir() and path.name.startswith("grpo-2") for path in folders)
+
+
+def test_tensorboard_shows_one_run(tmp_path: Path):
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    for reward in (0.25, 0.75):
+        with RunFolder.claim(tmp_path, overwrite=True) as folder:
+            metrics = Metrics(tmp_path)
+            metrics.log(1, "grpo", {"reward": reward})
+            metrics.close()
+            folder.finish()
+    events = accumulator.EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    (tag,) = events.Tags()["tensors"]
+    assert [event.tensor_proto.float_val[0] for event in events.Tensors(tag)] == [0.75]
