@@ -13,7 +13,18 @@ from typing import Literal, Optional
 import pytest
 
 from dsm_train.__main__ import main
-from dsm_train.cli import errors, hints, load, load_config, parse_section, to_yaml, user_errors
+from dsm_train.cli import (
+    check_alike,
+    digest,
+    errors,
+    fingerprint,
+    hints,
+    load,
+    load_config,
+    parse_section,
+    to_yaml,
+    user_errors,
+)
 from dsm_train.configs import EvaluateConfig, GrpoConfig, SftConfig, StageConfig, VerifyStepConfig
 from dsm_train.stages import table
 
@@ -488,3 +499,35 @@ def test_every_recipe_of_a_training_serves_what_does_not_train(path: Path, tmp_p
     if path.stem != "corpus":
         for stage in ("grpo", "eval", "verify-step"):
             load_stage(stage, tmp_path, path.read_text())
+
+
+def fingerprint_of(tmp_path: Path, *arguments: str, tasks: str = "t") -> dict[str, str]:
+    return fingerprint(load_stage("grpo", tmp_path, GRPO, *arguments), tasks, tokenizer="k", version="1")
+
+
+def test_ranks_that_are_alike(tmp_path: Path):
+    (tmp_path / "other").mkdir()
+    # where a value was written does not count
+    written = fingerprint(load_stage("grpo", tmp_path / "other", GRPO + "optim: {lr: 1}"), "t", "k", "1")
+    check_alike([written, fingerprint_of(tmp_path, "optim.lr=1")])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "tasks", "message"),
+    [
+        (["optim.lr=1e-5"], "t", "rank 1 has optim.lr = 1e-05 and rank 0 2e-05: start every rank with the same comma"),
+        (["optim.lr=2e-5", "run.seed=3"], "t", "rank 1 has run.seed = 3 and rank 0 0: start"),
+        (["optim.lr=2e-5"], "u", "rank 1 has the digest of the tasks = u and rank 0 t: start"),
+        (["run.seed=1", "data.seed=1", "steps=4"], "u", "; 2 more keys differ: start"),
+    ],
+)
+def test_ranks_that_differ(arguments: list[str], tasks: str, message: str, tmp_path: Path):
+    first = fingerprint_of(tmp_path, "optim.lr=2e-5")
+    with pytest.raises(ValueError) as error:
+        check_alike([first, fingerprint_of(tmp_path, *arguments, tasks=tasks), first])
+    assert message in str(error.value)
+
+
+def test_a_digest_knows_order_and_boundaries():
+    texts = [["a", "b"], ["b", "a"], ["ab"], ["ab", ""], []]
+    assert len({digest(text) for text in texts}) == len(texts) and digest(["a", "b"]) == digest(iter("ab"))

@@ -109,15 +109,16 @@ def parse_section(cls: type[ConfigT], text: str, name: str) -> ConfigT:
 
 def to_yaml(config: Any) -> str:
     """Write a configuration as the YAML recipe that loads back to it."""
-    return yaml.safe_dump(_plain(config), sort_keys=False, allow_unicode=True)
+    return yaml.safe_dump(plain(config), sort_keys=False, allow_unicode=True)
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
+    """Return a configuration as dictionaries, lists, text and numbers."""
     if is_dataclass(value):
         values = {field.name: getattr(value, field.name) for field in fields(value) if field.init}
-        return {name: _plain(item) for name, item in values.items() if not isinstance(item, Given)}
+        return {name: plain(item) for name, item in values.items() if not isinstance(item, Given)}
     if isinstance(value, tuple):
-        return [_plain(item) for item in value]
+        return [plain(item) for item in value]
     return str(value) if isinstance(value, Path) else value
 
 
