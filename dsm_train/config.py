@@ -170,6 +170,7 @@ class OptimConfig:
     def __post_init__(self) -> None:
         above(0, self, "lr", "eps")
         require(0 <= self.min_lr <= self.lr, "min_lr", f"between 0 and lr = {self.lr}", self.min_lr)
+        require(self.min_lr == 0 or self.schedule != "constant", "min_lr", "0 with schedule = constant", self.min_lr)
         at_least(0, self, "warmup_steps", "weight_decay", "clip_grad")
         for name in ("beta1", "beta2"):
             require(0 <= getattr(self, name) < 1, name, "at least 0 and below 1", getattr(self, name))

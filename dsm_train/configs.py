@@ -26,6 +26,16 @@ from dsm_train.rollout.config import SamplingConfig
 from dsm_train.verify.config import VerifyConfig
 
 
+def check_vocab_size(config: StageConfig) -> None:
+    """Raise `ValueError` when the command line gives the size of a tokenizer to train beside a tokenizer.
+
+    A recipe may: it is also that of the run whose weights are now `run.init`.
+    """
+    brings = "data.tokenizer" if config.data.tokenizer else "run.init" if config.run.init else None
+    if brings and config.given.get("data.vocab_size") == "":
+        raise ValueError(f"data.vocab_size trains a tokenizer at start, and {brings} brings one: leave one out")
+
+
 def require_weights(run: RunConfig, stage: str) -> None:
     """Raise `ValueError` unless a stage that does not train was given trained weights."""
     rule = f"given: {stage} works on trained weights, such as those in a run's folder weights/"
@@ -54,6 +64,9 @@ class StageConfig:
     unheeded: ClassVar[Mapping[str, str]] = {}
     """Keys and sections that a recipe may hold and the stage does not use, each with what to do instead."""
 
+    def __post_init__(self) -> None:
+        check_vocab_size(self)
+
     @property
     def supervised(self) -> SftTraining | None:
         """The supervised training that the stage does, if any."""
@@ -70,6 +83,7 @@ class SftConfig(StageConfig):
     """How evaluation samples."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         require(self.sft.steps >= 1, "sft.steps", "at least 1", self.sft.steps)
 
     @property
@@ -103,6 +117,7 @@ class GrpoConfig(StageConfig):
         return self.warmup if self.warmup.steps else None
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         at_least(1, self, "steps")
         require(0 <= self.record_step <= self.steps, "record_step", f"in 0..steps = {self.steps}", self.record_step)
         require(
@@ -111,6 +126,10 @@ class GrpoConfig(StageConfig):
             "above 0 for GRPO: greedy responses of a group are all equal",
             self.sampling.temperature,
         )
+        require(self.record_step == 1 or self.record is not None, "record_step", "given with record", self.record_step)
+        warmup = [key for key in self.given if key.startswith("warmup.")]
+        if warmup and "warmup.steps" not in self.given:
+            raise ValueError(f"{warmup[0]} is given, and warmup.steps = 0 skips the warm-up: set warmup.steps as well")
         updates = self.steps * self.algorithm.minibatches * self.algorithm.epochs
         check_warmup(self.optim, updates, "steps x minibatches x epochs")
 
@@ -129,6 +148,7 @@ class EvaluateConfig(StageConfig):
     }
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         require_weights(self.run, "eval")
 
 
@@ -150,6 +170,7 @@ class GenerateConfig(StageConfig):
     }
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         require_weights(self.run, "generate")
         at_least(1, self, "num_samples")
 
@@ -184,6 +205,7 @@ class VerifyStepConfig(StageConfig):
     }
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         at_least(1, self, "layers")
         require(
             self.sampling.temperature > 0, "sampling.temperature", "above 0, as in training", self.sampling.temperature

@@ -472,12 +472,25 @@ def test_every_name_from_elsewhere_means_a_key():
         ("grpo", "optim.warmup_steps=200", "optim.warmup_steps must be below steps x minibatches x epochs = 200, the"),
         ("sft", "sft.optim.warmup_steps=500", "sft.optim.warmup_steps must be below steps = 500, the number of upda"),
         ("grpo", "rewards.numeric=-1", "rewards.numeric must be"),
+        # values that would not be heeded
+        ("grpo", "optim.min_lr=1e-7", "optim.min_lr must be 0 with schedule = constant; got 1e-07"),
+        ("grpo", "record_step=2", "record_step must be given with record; got 2"),
+        ("grpo", "warmup.batch=8", "warmup.batch is given, and warmup.steps = 0 skips the warm-up"),
+        ("eval", "data.vocab_size=300", "data.vocab_size trains a tokenizer at start, and run.init brings one"),
     ],
 )
 def test_values_that_cannot_be(stage: str, argument: str, message: str, tmp_path: Path):
     with pytest.raises(ValueError) as error:
         load_stage(stage, tmp_path, "", argument)
     assert str(error.value).startswith(message)
+
+
+def test_a_tokenizer_s_size_beside_a_tokenizer(tmp_path: Path):
+    size, tokenizer = "data: {vocab_size: 300}", "data.tokenizer=t"
+    load_stage("eval", tmp_path, size)  # run.init comes from this recipe, perhaps
+    load_stage("grpo", tmp_path, size, tokenizer)  # what the recipe trains is replaced
+    with pytest.raises(ValueError, match="data.vocab_size trains a tokenizer at start, and data.tokenizer brings"):
+        load_stage("grpo", tmp_path, "", tokenizer, "data.vocab_size=300")
 
 
 @pytest.mark.parametrize("stage", ["eval", "generate"])

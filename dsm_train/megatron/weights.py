@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -229,6 +229,20 @@ def saved_model(folder: Path, model: ModelConfig) -> ModelConfig:
             f"run.init: {folder / MODEL_FILE} does not describe a model ({error}): write it anew"
         ) from error
     return replace(saved, **{name: getattr(model, name) for name in _AS_GIVEN})
+
+
+def check_model(folder: Path, saved: ModelConfig, asked: ModelConfig, given: Mapping[str, str]) -> None:
+    """Raise `ValueError` for a value of `model` that the user set and the saved weights have otherwise.
+
+    given: the keys that the user set, each with its place.
+    """
+    for name, value in asdict(saved).items():
+        key, wanted = f"model.{name}", getattr(asked, name)
+        if key in given and name not in _AS_GIVEN and wanted != value:
+            raise ValueError(
+                f"{given[key]}{key} = {wanted}, and the weights of run.init = {folder} have {value}: leave {key} out, "
+                "or start without run.init"
+            )
 
 
 def check_vocabulary(folder: Path, vocab_size: int) -> None:

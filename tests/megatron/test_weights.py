@@ -146,3 +146,11 @@ def test_what_is_gathered_does_not_change_with_the_weights(layout: Parallel) -> 
 def test_the_description_is_plain_json(layout: Parallel, tmp_path: Path) -> None:
     weights.save_weights(tmp_path, tiny.chunks(layout), tiny.MODEL, layout)
     assert json.loads((tmp_path / "model.json").read_text())["num_kv_heads"] == 2
+
+
+def test_what_the_weights_decide_is_not_asked_for_otherwise(tmp_path: Path) -> None:
+    saved, asked = tiny.MODEL, replace(tiny.MODEL, num_layers=7, dtype="bf16", max_length=9)
+    weights.check_model(tmp_path, saved, asked, {})  # the default of a key that nobody set
+    weights.check_model(tmp_path, saved, asked, {"model.dtype": "", "model.max_length": "", "model.hidden_size": ""})
+    with pytest.raises(ValueError, match=r"^x.yaml:3: model.num_layers = 7, and the weights of run.init = .* have 2"):
+        weights.check_model(tmp_path, saved, asked, {"model.num_layers": "x.yaml:3: "})
