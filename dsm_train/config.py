@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Literal
 
 Preset = Literal["grpo", "dr_grpo", "dapo", "gspo", "cispo"]
+KL = Literal["k1", "k2", "k3", "k1+", "k3+"]
 Average = Literal["response", "token", "fixed"]
 Scale = Literal["std", "none", "loo", "batch"]
-Kl = Literal["k1", "k2", "k3", "k1+", "k3+"]
 
 
 def require(condition: bool, name: str, rule: str, value: object) -> None:
@@ -188,24 +188,24 @@ def check_warmup(optim: OptimConfig, updates: int, updates_are: str) -> None:
 
 @dataclass(frozen=True)
 class AlgorithmConfig:
-    """GRPO and its family; the defaults are DeepSeekMath's."""
+    """GRPO and its family; the defaults are DeepSeekMath's. Values left at none are the preset's."""
 
     preset: Preset = "grpo"
-    """Named member of the family; it sets what is left at none below."""
+    """Named member of the family."""
     clip_low: float | None = None
-    """Importance ratios are clipped below at 1 - clip_low."""
+    """Importance ratios are clipped below at 1 - clip_low; grpo, dr_grpo and dapo have 0.2, gspo 3e-4, cispo 1."""
     clip_high: float | None = None
-    """Importance ratios are clipped above at 1 + clip_high."""
+    """Importance ratios are clipped above at 1 + clip_high; grpo and dr_grpo have 0.2, dapo and cispo 0.28, gspo 4e-4."""
     kl_coef: float | None = None
-    """beta, the weight of the KL to the reference model in the loss; 0 keeps no reference model."""
-    kl: Kl | None = None
-    """KL estimator; k3 is the paper's."""
+    """beta, the weight of the KL to the reference model in the loss; grpo has 0.04, the others 0: no reference model."""
+    kl: KL | None = None
+    """KL estimator; all have k3, the paper's."""
     entropy_coef: float | None = None
-    """Weight of the entropy bonus in the loss."""
+    """Weight of the entropy bonus in the loss; all have 0."""
     average: Average | None = None
-    """Average per response and then over responses (the paper), over all tokens, or by a fixed length."""
+    """Mean per response, then over responses (grpo, gspo); over all tokens (dapo, cispo); by a fixed length (dr_grpo)."""
     scale: Scale | None = None
-    """Scale of the group-relative advantage: the group's deviation (the paper), none, leave-one-out, the batch's."""
+    """Scale of the group-relative advantage: the group's deviation, none (dr_grpo), leave-one-out, the batch's deviation."""
     prompts_per_step: int = 16
     """Questions per exploration stage, over all data-parallel ranks."""
     group_size: int = 64

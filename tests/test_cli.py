@@ -8,7 +8,7 @@ import subprocess
 import sys
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal, Optional
+from typing import Literal, Optional, get_args
 
 import pytest
 
@@ -544,3 +544,14 @@ def test_ranks_that_differ(arguments: list[str], tasks: str, message: str, tmp_p
 def test_a_digest_knows_order_and_boundaries():
     texts = [["a", "b"], ["b", "a"], ["ab"], ["ab", ""], []]
     assert len({digest(text) for text in texts}) == len(texts) and digest(["a", "b"]) == digest(iter("ab"))
+
+
+def test_closed_lists_are_those_of_the_ops_and_presets():
+    # the configuration repeats the ops' lists, since it must load without torch
+    from dsm_train import config
+    from dsm_train.grpo import PRESETS
+    from triton_kernels.policy import group_advantage, objective
+
+    assert get_args(config.KL) == get_args(objective.KL)
+    assert get_args(config.Scale) == get_args(group_advantage.Scale)
+    assert get_args(config.Preset) == tuple(PRESETS)

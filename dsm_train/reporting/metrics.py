@@ -66,6 +66,10 @@ class _JsonLines:
             self._file.close()
 
 
+HEADLINES = ("heldout_accuracy", "reward", "loss", "kl", "response_tokens")
+"""What tensorboard shows first; it sorts by name, so that all else goes to a group of its own behind them."""
+
+
 class Metrics:
     """Numbers of each step: a line of metrics.jsonl, and scalars under tensorboard/ where tensorboard is installed."""
 
@@ -80,7 +84,8 @@ class Metrics:
         self._lines.write({"step": step, "phase": phase, "time": round(now, 3)} | numbers)
         if self._tensorboard:
             for name, number in numbers.items():
-                self._tensorboard.add_scalar(f"{phase}/{name}", number, step, wall_time=now)
+                group = phase if name in HEADLINES else f"{phase}_details"
+                self._tensorboard.add_scalar(f"{group}/{name}", number, step, wall_time=now)
             self._tensorboard.flush()
 
     def close(self) -> None:

@@ -18,6 +18,11 @@ if TYPE_CHECKING:
 # Okabe and Ito's colours, told apart by colour-blind readers.
 BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#595959"
 TITLES = {"sft": "supervised warm-up", "grpo": "GRPO", "ppo": "PPO"}
+"""Phases that are drawn, in this order."""
+SUPERVISED = "sft"
+"""The phase that is not reinforcement learning."""
+NEGLIGIBLE = 1e-6
+"""A curve that nowhere leaves 0 by more is left out."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,9 +90,9 @@ def learning_curve(metrics_path: Path, out_path: Path) -> None:
     from matplotlib.figure import Figure
 
     logged = read_metrics(metrics_path)
-    phases = [phase for phase in ("sft", "grpo", "ppo") if phase in logged]
+    phases = [phase for phase in TITLES if phase in logged]
     if not phases:
-        raise ValueError(f"{metrics_path} holds no step of sft, grpo or ppo: nothing to draw")
+        raise ValueError(f"{metrics_path} holds no step of {', '.join(TITLES)}: nothing to draw")
     figure = Figure(figsize=(10, 6.2), dpi=130, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots(
@@ -95,7 +100,7 @@ def learning_curve(metrics_path: Path, out_path: Path) -> None:
         len(phases),
         squeeze=False,
         sharex="col",
-        gridspec_kw={"height_ratios": [2.4, 1], "width_ratios": [1 if phase == "sft" else 2 for phase in phases]},
+        gridspec_kw={"height_ratios": [2.4, 1], "width_ratios": [1 if phase == SUPERVISED else 2 for phase in phases]},
     )
     for column, phase in enumerate(phases):
         above, below = axes[0, column], axes[1, column]
@@ -155,11 +160,12 @@ def _draw_accuracy(axes: Axes, rows: Sequence[Mapping[str, Any]], title: str) ->
 
 
 def _draw_details(axes: Axes, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Draw up to two of: loss of the warm-up, response length, KL; the second on an axis of its own."""
-    wanted = (("response_tokens", "response tokens", GREEN), ("kl", "KL to the reference", GREY))
-    if not any(_series(rows, key)[0] for key, _, _ in wanted):
-        wanted = (("loss", "loss", GREY),)
-    drawn = [(label, colour, *_series(rows, key)) for key, label, colour in wanted if _series(rows, key)[0]]
+    """Draw response length and KL where there is any, each on its own axis; else the loss, as of a warm-up."""
+    length = ("response tokens", GREEN, *_series(rows, "response_tokens"))
+    kl = ("KL to the reference", GREY, *_series(rows, "kl"))
+    drawn = [curve for curve in (length, kl) if any(abs(value) > NEGLIGIBLE for value in curve[-1])]
+    loss = ("loss", GREY, *_series(rows, "loss"))
+    drawn = drawn or ([loss] if loss[-1] else [])
     for index, (label, colour, steps, values) in enumerate(drawn):
         panel = axes.twinx() if index else axes
         panel.plot(steps, values, color=colour, linewidth=1.4, linestyle="--" if index else "-")
@@ -173,9 +179,9 @@ def _draw_details(axes: Axes, rows: Sequence[Mapping[str, Any]]) -> None:
 
 def _title(figure: Figure, logged: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
     """Say in one line what reinforcement learning did."""
-    for phase in ("grpo", "ppo"):
+    for phase in TITLES:
         steps, accuracy = _series(logged.get(phase, ()), "heldout_accuracy")
-        if len(steps) > 1:
+        if len(steps) > 1 and phase != SUPERVISED:
             text = f"{TITLES[phase]}: held-out accuracy {accuracy[0]:.0%} → {accuracy[-1]:.0%} in {steps[-1]} steps"
             figure.suptitle(text, fontsize=14, fontweight="bold", x=0.01, ha="left")
             return

@@ -47,11 +47,13 @@ def test_metrics_lines_are_on_disk_at_once_and_valid_json(tmp_path: Path):
 def test_tensorboard_holds_the_scalars(tmp_path: Path):
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     metrics = Metrics(tmp_path)
-    metrics.log(3, "grpo", {"reward": 0.5})
+    metrics.log(3, "grpo", {"reward": 0.5, "clipped_high": 0.0, "heldout_accuracy": 0.1})
     metrics.log(4, "grpo", {"reward": 0.75})
     metrics.close()
     events = accumulator.EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()
+    # tensorboard sorts by name: what a reader looks for first comes first
+    assert sorted(events.Tags()["tensors"]) == ["grpo/heldout_accuracy", "grpo/reward", "grpo_details/clipped_high"]
     points = [(event.step, event.tensor_proto.float_val[0]) for event in events.Tensors("grpo/reward")]
     assert points == [(3, 0.5), (4, 0.75)]
 

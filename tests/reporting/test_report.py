@@ -90,8 +90,17 @@ def test_learning_curve_shows_the_numbers(tmp_path: Path):
     assert "GRPO: held-out accuracy 54% → 93% in 260 steps" in out.read_text(encoding="utf-8")
 
 
+@pytest.mark.parametrize(("kl", "drawn"), [(0.01, True), (0.0, False), (1e-9, False)])
+def test_there_is_an_axis_of_kl_where_there_is_kl(kl: float, drawn: bool, tmp_path: Path):
+    rows: list[Row] = [(step, "grpo", {"reward": 0.5, "response_tokens": 9.0, "kl": kl}) for step in range(3)]
+    out = tmp_path / "curve.svg"
+    learning_curve(write(tmp_path, rows), out)
+    page = out.read_text(encoding="utf-8")
+    assert ("KL to the reference" in page) is drawn and "response tokens" in page
+
+
 def test_learning_curve_of_nothing(tmp_path: Path):
-    with pytest.raises(ValueError, match=r"metrics.jsonl holds no step of sft, grpo or ppo"):
+    with pytest.raises(ValueError, match=r"metrics.jsonl holds no step of sft, grpo, ppo"):
         learning_curve(write(tmp_path, [(0, "eval", {"heldout_accuracy": 0.5})]), tmp_path / "curve.png")
 
 
