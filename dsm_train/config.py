@@ -193,19 +193,19 @@ class AlgorithmConfig:
     preset: Preset = "grpo"
     """Named member of the family."""
     clip_low: float | None = None
-    """Importance ratios are clipped below at 1 - clip_low; grpo, dr_grpo and dapo have 0.2, gspo 3e-4, cispo 1."""
+    """Importance ratios are clipped below at 1 - clip_low; grpo, dr_grpo, dapo: 0.2; gspo: 3e-4; cispo: 1."""
     clip_high: float | None = None
-    """Importance ratios are clipped above at 1 + clip_high; grpo and dr_grpo have 0.2, dapo and cispo 0.28, gspo 4e-4."""
+    """Importance ratios are clipped above at 1 + clip_high; grpo, dr_grpo: 0.2; dapo, cispo: 0.28; gspo: 4e-4."""
     kl_coef: float | None = None
-    """beta, the weight of the KL to the reference model in the loss; grpo has 0.04, the others 0: no reference model."""
+    """beta, the weight of the KL to the reference model; grpo: 0.04; the others: 0, which keeps no reference model."""
     kl: KL | None = None
-    """KL estimator; all have k3, the paper's."""
+    """KL estimator; all: k3, the paper's."""
     entropy_coef: float | None = None
-    """Weight of the entropy bonus in the loss; all have 0."""
+    """Weight of the entropy bonus in the loss; all: 0."""
     average: Average | None = None
-    """Mean per response, then over responses (grpo, gspo); over all tokens (dapo, cispo); by a fixed length (dr_grpo)."""
+    """Mean per response, then over responses (grpo, gspo); over tokens (dapo, cispo); by a fixed length (dr_grpo)."""
     scale: Scale | None = None
-    """Scale of the group-relative advantage: the group's deviation, none (dr_grpo), leave-one-out, the batch's deviation."""
+    """Scale of the group-relative advantage: the group's deviation; none (dr_grpo); leave-one-out; the batch's."""
     prompts_per_step: int = 16
     """Questions per exploration stage, over all data-parallel ranks."""
     group_size: int = 64

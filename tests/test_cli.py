@@ -19,7 +19,7 @@ from dsm_train.cli import (
     errors,
     fingerprint,
     hints,
-    load,
+    keys,
     load_config,
     parse_section,
     to_yaml,
@@ -451,7 +451,7 @@ def test_names_from_elsewhere(stage: str, key: str, meant: str, tmp_path: Path):
 
 
 def test_every_name_from_elsewhere_means_a_key():
-    known = set().union(*(load._leaves(config) for config in CONFIGS.values()))
+    known = set().union(*(keys.leaves_of(config) for config in CONFIGS.values()))
     for names in hints.ELSEWHERE.values():
         for name in " and ".join(names).split(" and "):
             assert name in known, name

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 
 ELSEWHERE: dict[str, tuple[str, ...]] = {
     # Batches and steps. A stage has the first of these that it knows.
@@ -106,12 +106,11 @@ ELSEWHERE: dict[str, tuple[str, ...]] = {
 """What other trainers' keys (TRL, verl, Megatron-LM, Hugging Face) are called here, by whole key or last component."""
 
 
-def unknown_key(key: str, known: Collection[str], owners: Mapping[str, Sequence[str]] | None = None) -> str:
+def unknown_key(key: str, known: Collection[str], stages: Sequence[str] = ()) -> str:
     """Say that a key is unknown, and what was probably meant.
 
-    known: the keys that there are; owners: names of the stages that have the key, for keys of other stages.
+    known: the keys that there are; stages: names of other stages that have the key.
     """
-    stages = (owners or {}).get(key, ())
     meant = _renamed(key, known) or _nearest(key, known, same_field=bool(stages))
     if stages:
         return f"{key} is a key of {', '.join(stages)} alone" + (f"; did you mean {meant}?" if meant else "")

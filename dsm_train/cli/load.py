@@ -16,7 +16,7 @@ import difflib
 import os
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, dataclass, field, fields, is_dataclass, replace
+from dataclasses import MISSING, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar, get_origin, get_type_hints
 
@@ -24,41 +24,12 @@ import tyro
 import yaml
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
-from dsm_train.cli.hints import unknown_key
+from dsm_train.cli.keys import Keys, leaves_of
 from dsm_train.cli.values import Setting, parse, text_of
 from dsm_train.config import Given
 from dsm_train.stages.table import Stage
 
 ConfigT = TypeVar("ConfigT")
-
-
-@dataclass(frozen=True, slots=True)
-class _Leaf:
-    """A value of the configuration."""
-
-    type: Any
-    required: bool
-    """It has no default."""
-    owner: type
-    """Dataclass that declares it."""
-
-
-@dataclass(frozen=True)
-class _Siblings:
-    """Values of the other stages, by key."""
-
-    leaves: Mapping[str, _Leaf] = field(default_factory=dict)
-    owners: Mapping[str, tuple[Stage, ...]] = field(default_factory=dict)
-    """The stages that have the key."""
-
-    @property
-    def names(self) -> dict[str, list[str]]:
-        """Names of the stages that have the key."""
-        return {key: [stage.name for stage in stages] for key, stages in self.owners.items()}
-
-    def may_pass(self, key: str) -> bool:
-        """Tell whether a recipe may hold the key: in a section, or at the top for a stage that trains."""
-        return "." in key or any(stage.trains for stage in self.owners[key])
 
 
 def load_config(
@@ -72,20 +43,21 @@ def load_config(
     """
     if "--help" in argv or "-h" in argv:
         _print_help(cls, prog, description)
-    leaves, siblings = _leaves(cls), _siblings(others)
-    recipes, overrides = _read_arguments(argv, leaves, siblings)
-    _check_heeded(cls, overrides, prog)
+    keys = Keys.of(cls, prog.removeprefix("dsm-train "), others)
+    recipes, overrides = _read_arguments(argv, keys)
+    _check_heeded(cls, overrides, keys.stage)
     settings: dict[str, Setting] = {}
     for recipe in recipes:
-        settings |= _read_recipe(recipe, leaves, siblings)
+        settings |= _read_recipe(recipe, keys)
     settings |= overrides
-    passed = {key: settings.pop(key) for key in list(settings) if key not in leaves}
-    note = _not_used(passed, settings, leaves, siblings, prog)
-    missing = [key for key, leaf in leaves.items() if leaf.required and key not in settings]
+    passed = {key: settings.pop(key) for key in list(settings) if key not in keys.leaves}
+    note = keys.not_used(passed, settings)
+    missing = [key for key, leaf in keys.leaves.items() if leaf.required and key not in settings]
     if missing:
         raise ValueError(f"{missing[0]} has no default: add {missing[0]}=VALUE or set it in the recipe")
     given = Given({key: setting.where for key, setting in settings.items()})
-    config = _build(cls, {key: parse(key, leaves[key].type, setting) for key, setting in settings.items()}, given)
+    values = {key: parse(key, keys.leaves[key].type, setting) for key, setting in settings.items()}
+    config = _build(cls, values, given)
     if note and os.environ.get("RANK", "0") == "0":
         print(f"{prog}: {note}", file=sys.stderr, flush=True)
     return config
@@ -93,14 +65,14 @@ def load_config(
 
 def parse_section(cls: type[ConfigT], text: str, name: str) -> ConfigT:
     """Build one component from `key=value,key=value`: the value called `name` of another. Errors as `load_config`."""
-    leaves, where = _leaves(cls), f"{name}: "
+    keys, where = Keys.of(cls, name), f"{name}: "
     values: dict[str, Any] = {}
     for item in text.split(","):
         key, equals, value = item.strip().partition("=")
         if not equals:
-            raise ValueError(f"{where}{item!r} is not key=value; keys are {', '.join(leaves)}")
-        _check_key(key, leaves, where=where)
-        values[key] = parse(key, leaves[key].type, Setting(value, where))
+            raise ValueError(f"{where}{item!r} is not key=value; keys are {', '.join(keys.leaves)}")
+        keys.check(key, where)
+        values[key] = parse(key, keys.leaves[key].type, Setting(value, where))
     try:
         return _build(cls, values, Given(dict.fromkeys(values, where)))
     except ValueError as error:
@@ -157,95 +129,20 @@ def _print_help(cls: type, prog: str, description: str) -> NoReturn:
 
 def _example(cls: type) -> str:
     """Return the key to show in an example: a nested one where there is one."""
-    keys = list(_leaves(cls))
+    keys = list(leaves_of(cls))
     return next((key for key in keys if "." in key), keys[0])
 
 
-def _leaves(cls: type, prefix: str = "", parent_has_default: bool = False) -> dict[str, _Leaf]:
-    """List every value under its dotted name, in the order of the fields."""
-    leaves: dict[str, _Leaf] = {}
-    types = get_type_hints(cls)
-    for item in fields(cls):
-        key, kind = prefix + item.name, types[item.name]
-        if not item.init or kind is Given:
-            continue
-        has_default = parent_has_default or item.default is not MISSING or item.default_factory is not MISSING
-        if isinstance(kind, type) and is_dataclass(kind):
-            leaves |= _leaves(kind, key + ".", has_default)
-        else:
-            leaves[key] = _Leaf(kind, required=not has_default, owner=cls)
-    return leaves
-
-
-def _siblings(stages: Sequence[Stage]) -> _Siblings:
-    """Collect the values of other stages."""
-    leaves: dict[str, _Leaf] = {}
-    owners: dict[str, tuple[Stage, ...]] = {}
-    for stage in stages:
-        for key, leaf in _leaves(stage.configuration()).items():
-            leaves.setdefault(key, leaf)
-            owners[key] = (*owners.get(key, ()), stage)
-    return _Siblings(leaves, owners)
-
-
-def _check_key(key: str, leaves: Mapping[str, _Leaf], siblings: _Siblings | None = None, where: str = "") -> None:
-    if key in leaves:
-        return
-    inside = [leaf for leaf in leaves if leaf.startswith(key + ".")]
-    if inside:
-        raise ValueError(f"{where}{key} is a section, not a value; it holds {', '.join(inside)}")
-    raise ValueError(where + unknown_key(key, leaves, siblings.names if siblings else None))
-
-
-def _check_heeded(cls: type, overrides: Mapping[str, Setting], prog: str) -> None:
+def _check_heeded(cls: type, overrides: Mapping[str, Setting], stage: str) -> None:
     """Refuse a value on the command line that the stage has (a recipe may hold it) and does not heed."""
     unheeded: Mapping[str, str] = getattr(cls, "unheeded", {})
     for key in overrides:
-        for name, remedy in unheeded.items():
-            if key == name or key.startswith(name + "."):
-                raise ValueError(f"{key} is not used by {_stage(prog)}: {remedy}")
+        for name in (key, key.partition(".")[0]):
+            if name in unheeded:
+                raise ValueError(f"{key} is not used by {stage}: {unheeded[name]}")
 
 
-def _stage(prog: str) -> str:
-    """Return the stage's name: the second word of `dsm-train sft`."""
-    return prog.partition(" ")[2] or prog
-
-
-def _not_used(
-    passed: Mapping[str, Setting],
-    settings: Mapping[str, Setting],
-    leaves: Mapping[str, _Leaf],
-    siblings: _Siblings,
-    prog: str,
-) -> str:
-    """Name what a recipe holds for other stages alone, and where this stage looks instead; an empty text for nothing.
-
-    Raises ValueError where the stage would train with defaults unnoticed: the recipe has an optimizer, or another
-    component that the stage has, under another stage's name alone, and nothing that the other stage would not read.
-    """
-    names = ", ".join(dict.fromkeys(key.partition(".")[0] for key in passed))
-    text, name = f"not used by {_stage(prog)}: {names}", _stage(prog)
-    instead: dict[str, None] = {}
-    for key, setting in passed.items():
-        owner, homes = siblings.leaves[key].owner, set(siblings.owners[key])
-        same = [other for other, leaf in leaves.items() if leaf.owner is owner]
-        if any(other in settings or homes & set(siblings.owners.get(other, ())) for other in same):
-            continue
-        candidates = same if "." in key else leaves
-        reads = [other for other in candidates if other.rpartition(".")[2] == key.rpartition(".")[2]]
-        instead |= dict.fromkeys(other for other in reads if other not in settings)
-        smallest = not any(is_dataclass(kind) for kind in get_type_hints(owner).values())
-        its_own = any(not homes & set(siblings.owners.get(other, ())) for other in settings)
-        if reads and same and smallest and not its_own:
-            raise ValueError(f"{setting.where}{text}; {name} reads {' and '.join(reads)}: set that")
-    if not passed:
-        return ""
-    return f"{text}; {name} reads {', '.join(instead)}" if instead else text
-
-
-def _read_arguments(
-    argv: Sequence[str], leaves: dict[str, _Leaf], siblings: _Siblings
-) -> tuple[list[Path], dict[str, Setting]]:
+def _read_arguments(argv: Sequence[str], keys: Keys) -> tuple[list[Path], dict[str, Setting]]:
     """Split the arguments into recipes and settings, both in the order given."""
     recipes: list[Path] = []
     settings: dict[str, Setting] = {}
@@ -254,13 +151,14 @@ def _read_arguments(
         argument = following.pop(0)
         key, equals, text = argument.removeprefix("--").partition("=")
         key = key.replace("-", "_")
-        if not equals and not argument.startswith("--") and key not in leaves:
+        if not equals and not argument.startswith("--") and key not in keys.leaves:
             raise ValueError(f"{argument!r} is not key=value; --help lists the keys")
         if key != "config":
-            _check_key(key, leaves, siblings)
+            keys.check(key)
         if not equals:
             follows = following[0] if following else "--"
-            if key in leaves and leaves[key].type is bool and argument.startswith("--"):  # a switch, or --key false
+            leaf = keys.leaves.get(key)
+            if leaf and leaf.type is bool and argument.startswith("--"):  # a switch, or --key false
                 text = following.pop(0) if follows.lower() in ("true", "false") else "true"
             elif argument.startswith("--") and not follows.startswith("--"):
                 text = following.pop(0)
@@ -273,7 +171,7 @@ def _read_arguments(
     return recipes, settings
 
 
-def _read_recipe(path: Path, leaves: dict[str, _Leaf], siblings: _Siblings) -> dict[str, Setting]:
+def _read_recipe(path: Path, keys: Keys) -> dict[str, Setting]:
     """Read a YAML file into settings that know their line, those of other stages that may pass among them."""
     if not path.exists():
         near = difflib.get_close_matches(path.stem, [other.stem for other in path.parent.glob("*.yaml")], n=1)
@@ -291,27 +189,24 @@ def _read_recipe(path: Path, leaves: dict[str, _Leaf], siblings: _Siblings) -> d
         raise ValueError(f"{path}: not valid YAML: {error}") from error
     settings: dict[str, Setting] = {}
     if root is not None:
-        _flatten(root, "", path, {**siblings.leaves, **leaves}, settings)
-    sections = {key.partition(".")[0] for key in leaves if "." in key}
-    for key, setting in settings.items():
-        if key not in leaves and (key.partition(".")[0] in sections or not siblings.may_pass(key)):
-            _check_key(key, leaves, siblings, setting.where)
+        _flatten(root, "", path, keys, settings)
     return settings
 
 
-def _flatten(node: yaml.Node, key: str, path: Path, leaves: dict[str, _Leaf], settings: dict[str, Setting]) -> None:
+def _flatten(node: yaml.Node, key: str, path: Path, keys: Keys, settings: dict[str, Setting]) -> None:
     """Add what is under `key` to the settings: a mapping is a section, all else is a value."""
     where = f"{path}:{node.start_mark.line + 1}: "
-    if isinstance(node, yaml.MappingNode) and key not in leaves:
+    known = {**keys.others, **keys.leaves}
+    if isinstance(node, yaml.MappingNode) and key not in known:
         for name, child in node.value:
-            _flatten(child, f"{key}.{name.value}" if key else str(name.value), path, leaves, settings)
+            _flatten(child, f"{key}.{name.value}" if key else str(name.value), path, keys, settings)
         return
     if not key:
         raise ValueError(f"{where}expected lines of `key: value`")
     text = text_of(node, f"{where}{key}: ")
-    if text is None and any(leaf.startswith(key + ".") for leaf in leaves):
+    if text is None and any(leaf.startswith(key + ".") for leaf in known):
         return  # a section with nothing in it
-    _check_key(key, leaves, where=where)
+    keys.check_recipe(key, where)
     if key in settings:
         raise ValueError(f"{where}{key} is given twice; the first is at {settings[key].where.removesuffix(': ')}")
     settings[key] = Setting(text, where)
