@@ -45,7 +45,7 @@ class Given(dict[str, str]):
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """A decoder of the Llama family: RMSNorm, SwiGLU, RoPE, grouped-query attention."""
+    """Decoder of the Llama family: RMSNorm, SwiGLU, RoPE, grouped-query attention."""
 
     num_layers: int = 4
     """Transformer layers."""
@@ -70,7 +70,7 @@ class ModelConfig:
     max_length: int = 1024
     """Longest prompt plus response, in tokens."""
     vocab_multiple: int = 64
-    """The vocabulary is padded to a multiple of this times the tensor-parallel size."""
+    """Pad the vocabulary to a multiple of this times the tensor-parallel size."""
     dtype: Literal["fp32", "bf16"] = "fp32"
     """Type of weights and activations; statistics and accumulation are fp32 in any case."""
     layers: Literal["auto", "local", "transformer_engine"] = "auto"
@@ -109,7 +109,7 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class ParallelConfig:
-    """How the model and the batch are split over ranks; data parallelism takes what the others leave."""
+    """Split of the model and the batch over ranks; data parallelism takes what the others leave."""
 
     tp: int = 1
     """Tensor-parallel ranks."""
@@ -126,7 +126,7 @@ class ParallelConfig:
     balance: bool = True
     """Share the responses of an update out over data-parallel replicas by estimated cost."""
     timeout_minutes: float = 10.0
-    """A rank that keeps the others waiting longer ends the run, with a line that names it and what it was doing."""
+    """End the run when a rank keeps the others waiting longer; a line names it and what it was doing."""
 
     @property
     def model_ranks(self) -> int:
@@ -151,11 +151,11 @@ class OptimConfig:
     lr: float = 1e-6
     """Peak learning rate."""
     min_lr: float = 0.0
-    """The learning rate the schedule decays to."""
+    """Learning rate that the schedule decays to."""
     warmup_steps: int = 0
     """Optimizer steps of linear warm-up."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
-    """How the learning rate decays after warm-up, to the last step."""
+    """Decay of the learning rate after warm-up, to the last step."""
     weight_decay: float = 0.0
     """Decoupled weight decay; none on norms and biases."""
     beta1: float = 0.9
@@ -239,7 +239,7 @@ class AlgorithmConfig:
 
 @dataclass(frozen=True)
 class RunConfig:
-    """What every stage has."""
+    """Values that every stage has."""
 
     out: Path = Path("runs/run")
     """Folder for metrics, samples, report and weights."""

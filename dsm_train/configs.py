@@ -44,7 +44,7 @@ def require_weights(run: RunConfig, stage: str) -> None:
 
 @dataclass(frozen=True)
 class StageConfig:
-    """What every stage is made of."""
+    """Components that every stage has."""
 
     run: RunConfig = field(default_factory=RunConfig)
     """Run."""
@@ -69,7 +69,7 @@ class StageConfig:
 
     @property
     def supervised(self) -> SftTraining | None:
-        """The supervised training that the stage does, if any."""
+        """Supervised training of the stage; None for a stage without."""
         return None
 
 
@@ -80,7 +80,7 @@ class SftConfig(StageConfig):
     sft: SftTraining = field(default_factory=SftTraining)
     """Supervised fine-tuning."""
     sampling: SamplingConfig = field(default_factory=lambda: SamplingConfig(temperature=0.0))
-    """How evaluation samples."""
+    """Sampling in evaluation."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -88,13 +88,13 @@ class SftConfig(StageConfig):
 
     @property
     def supervised(self) -> SftTraining | None:
-        """The stage's own training."""
+        """Training of the stage itself."""
         return self.sft
 
 
 @dataclass(frozen=True)
 class GrpoConfig(StageConfig):
-    """Stage `grpo`: the paper's Algorithm 1, after a supervised warm-up where one is asked for."""
+    """Stage `grpo`: the paper's Algorithm 1, after a supervised warm-up if asked for."""
 
     warmup: SftTraining = field(default_factory=lambda: SftTraining(steps=0))
     """Supervised warm-up before GRPO; steps=0 skips it."""
@@ -109,11 +109,11 @@ class GrpoConfig(StageConfig):
     record: Path | None = None
     """Write the scored rollouts of exploration stage record_step to this Parquet file x.parquet, for verify-step."""
     record_step: int = 1
-    """The exploration stage, counted from 1, whose rollouts `record` holds; 0: of all, in x-1.parquet ..."""
+    """Exploration stage, counted from 1, whose rollouts `record` holds; 0: of all, in x-1.parquet ..."""
 
     @property
     def supervised(self) -> SftTraining | None:
-        """The warm-up, where there is one."""
+        """Warm-up, if there is one."""
         return self.warmup if self.warmup.steps else None
 
     def __post_init__(self) -> None:
@@ -139,7 +139,7 @@ class EvaluateConfig(StageConfig):
     """Stage `eval`: greedy accuracy and pass@k on held-out tasks."""
 
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
-    """How pass@k samples; greedy accuracy is measured as well."""
+    """Sampling for pass@k; greedy accuracy is measured as well."""
 
     unheeded: ClassVar[Mapping[str, str]] = {
         "eval.every": "it counts steps of training",
@@ -161,7 +161,7 @@ class GenerateConfig(StageConfig):
     num_samples: int = 1
     """Responses per prompt."""
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
-    """How responses are sampled."""
+    """Sampling of responses."""
 
     unheeded: ClassVar[Mapping[str, str]] = {
         "eval": "dsm-train eval evaluates",
@@ -194,7 +194,7 @@ class VerifyStepConfig(StageConfig):
     algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)
     """Algorithm."""
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
-    """How the rollouts were sampled: their temperature, and the fixed length to average by."""
+    """Sampling of the recorded rollouts: their temperature, and the fixed length to average by."""
     optim: OptimConfig = field(default_factory=OptimConfig)
     """Optimizer."""
 

@@ -1,4 +1,4 @@
-"""The command line: recipes and arguments to a typed configuration, and one clear line for what is wrong in them."""
+"""Command line: recipes and arguments become a typed configuration; one clear line says what is wrong in them."""
 
 from dsm_train.cli.errors import tell_torchrun, user_errors
 from dsm_train.cli.fingerprint import check_alike, digest, fingerprint

@@ -1,4 +1,4 @@
-"""What all ranks of a run must have alike, and which rank and key differ where they have not."""
+"""Fingerprint of a run, alike on all ranks, and the rank and key that differ where it is not."""
 
 from __future__ import annotations
 

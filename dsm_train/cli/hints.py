@@ -1,4 +1,4 @@
-"""What an unknown key was meant to be: a slip, another trainer's name, or a key of another stage."""
+"""Hints for unknown keys: a slip, another trainer's name, or a key of another stage."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ ELSEWHERE: dict[str, tuple[str, ...]] = {
     "tokenizer_name_or_path": ("data.tokenizer",),
     "overwrite_output_dir": ("run.overwrite",),
 }
-"""What other trainers' keys (TRL, verl, Megatron-LM, Hugging Face) are called here, by whole key or last component."""
+"""Keys of other trainers (TRL, verl, Megatron-LM, Hugging Face), whole or by their last component, and ours."""
 
 
 def unknown_key(key: str, known: Collection[str], stages: Sequence[str] = ()) -> str:

@@ -1,4 +1,4 @@
-"""Keys of a stage beside those of the other stages: which a recipe may hold, and what a wrong one was meant to be."""
+"""Keys of a stage beside those of other stages: the ones that a recipe may hold, and errors for all others."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from dsm_train.stages.table import Stage
 
 @dataclass(frozen=True, slots=True)
 class Leaf:
-    """A value of the configuration."""
+    """Value of a configuration."""
 
     type: Any
     required: bool

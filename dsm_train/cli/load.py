@@ -1,4 +1,4 @@
-"""From a command line to a typed configuration: a YAML recipe, key=value over it, and one clear line when wrong.
+"""Typed configuration from a command line: a YAML recipe, key=value over it, and one clear line when wrong.
 
     config = load_config(GrpoConfig, ["--config", "recipes/quickstart.yaml", "algorithm.group_size=16"], ...)
 

@@ -1,4 +1,4 @@
-"""From the text of a recipe or a command line to typed values."""
+"""Typed values from the text of a recipe or a command line."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ import tyro
 import yaml
 
 Text = str | None | tuple["Text", ...]
-"""What a recipe or a command line holds before it has a type; None is YAML's null."""
+"""Value as a recipe or a command line holds it, without a type yet; None is YAML's null."""
 
 _WORDS = {int: "an integer", float: "a finite number", bool: "true or false", str: "a string", Path: "a path"}
 
 
 @dataclass(frozen=True, slots=True)
 class Setting:
-    """A value as it was written, and where ("recipes/x.yaml:7: ", or nothing for the command line)."""
+    """Value as it was written, and its place ("recipes/x.yaml:7: "; empty: the command line)."""
 
     text: Text
     where: str = ""

@@ -1,1 +1,1 @@
-"""What a run leaves to look at: metrics, samples, reports, curves."""
+"""Records of a run: its folder, metrics, samples, report, learning curve."""

@@ -1,4 +1,4 @@
-"""A run's folder: claimed by one run at a time, never with files of two runs in it."""
+"""Folder of a run: claimed by one run at a time, never with files of two runs in it."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, TextIO
 
+from dsm_train.config import RunConfig
 from dsm_train.reporting.metrics import prepare_output
 
 STATE = "run.json"
@@ -25,11 +26,11 @@ FILES = (
     "eval.json",
     "weights",
 )
-"""What a run writes. Files of other names in the folder are the user's and stay."""
+"""Files and folders that a run writes. Those of other names are the user's and stay."""
 
 
 class RunFolder:
-    """The output folder of a run that trains, held by the main rank.
+    """Output folder of a run that trains, held by the main rank.
 
     with RunFolder.claim(Path("runs/x"), overwrite=False) as folder:
         ...
@@ -80,6 +81,15 @@ class RunFolder:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def claim_folder(run: RunConfig, stage: str) -> RunFolder:
+    """Claim `run.out`, or a new folder named after the stage where there is none; for the main rank alone.
+
+    The other ranks get `path` from the main rank, once there is a process group.
+    """
+    path = new_folder(stage) if run.out is None else run.out
+    return RunFolder.claim(path, overwrite=run.overwrite, init=run.init)
 
 
 def new_folder(stage: str, parent: Path = Path("runs")) -> Path:

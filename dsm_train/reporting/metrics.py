@@ -1,4 +1,4 @@
-"""What a run writes while it trains: metrics.jsonl, tensorboard, samples.jsonl and a line of progress.
+"""Records of a run while it trains: metrics.jsonl, tensorboard, samples.jsonl and a line of progress.
 
 Every sink takes None in place of its folder or stream and then does nothing, so that all ranks run the same code
 and only rank 0 writes.
@@ -51,7 +51,7 @@ def json_safe(value: Any) -> Any:
 
 
 class _JsonLines:
-    """A file of one JSON object per line, each on disk as soon as it is written; None writes nothing."""
+    """File of one JSON object per line, each on disk as soon as it is written; None writes nothing."""
 
     def __init__(self, path: Path | None) -> None:
         self._file = path.open("a", encoding="utf-8") if path else None
@@ -67,11 +67,11 @@ class _JsonLines:
 
 
 HEADLINES = ("heldout_accuracy", "reward", "loss", "kl", "response_tokens")
-"""What tensorboard shows first; it sorts by name, so that all else goes to a group of its own behind them."""
+"""Metrics that tensorboard shows first: it sorts by name, and all others go to a group that follows."""
 
 
 class Metrics:
-    """Numbers of each step: a line of metrics.jsonl, and scalars under tensorboard/ where tensorboard is installed."""
+    """Metrics of each step: a line of metrics.jsonl, and scalars under tensorboard/ if tensorboard is installed."""
 
     def __init__(self, folder: Path | None) -> None:
         self._lines = _JsonLines(folder / "metrics.jsonl" if folder else None)
@@ -106,14 +106,14 @@ def _tensorboard_writer(folder: Path) -> Any | None:
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One response as a person would want to read it."""
+    """Response for a person to read."""
 
     prompt: str
     response: str
     answer: str
     reward: float
     finish: str
-    """Why it ended: a stop token, the length limit, ..."""
+    """Reason for its end: a stop token, the length limit, ..."""
 
 
 class Samples:
@@ -133,7 +133,7 @@ class Samples:
 
 
 class Progress:
-    """Where a run is and how long it still takes: one line redrawn on a terminal, a line every 10 s elsewhere.
+    """Progress of a run and the time left: one line redrawn on a terminal, a line every 10 s elsewhere.
 
     with Progress("grpo", 260, sys.stderr) as progress:
         progress.step({"reward": 0.61})    # grpo 121/260  46 %  2:31 elapsed, 2:56 left  reward 0.61
@@ -222,6 +222,6 @@ class Stopwatch:
         self.laps[name], self._last = now - self._last, now
 
     def rate(self, tokens: int) -> dict[str, float]:
-        """The laps, their sum, and tokens per second over it."""
+        """Return the laps, their sum, and tokens per second over it."""
         seconds = sum(self.laps.values())
         return self.laps | {"step_seconds": seconds, "tokens_per_second": tokens / seconds}

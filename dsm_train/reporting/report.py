@@ -1,4 +1,4 @@
-"""What a run leaves to look at: report.json, curve.png and the table of implementations printed at start-up."""
+"""Report of a run: report.json, curve.png and the table of implementations printed at start-up."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#595959"
 TITLES = {"sft": "supervised warm-up", "grpo": "GRPO", "ppo": "PPO"}
 """Phases that are drawn, in this order."""
 SUPERVISED = "sft"
-"""The phase that is not reinforcement learning."""
+"""Phase that is not reinforcement learning."""
 NEGLIGIBLE = 1e-6
-"""A curve that nowhere leaves 0 by more is left out."""
+"""Largest value of a curve that is left out, such as a KL of 0."""
 
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """The outcome of a run."""
+    """Outcome of a run."""
 
     accuracy_before: float
     """Share of held-out tasks answered correctly before reinforcement learning, 0 to 1."""
@@ -36,7 +36,7 @@ class Report:
     seconds: float
     """Time spent training."""
     extra: Mapping[str, Any] = field(default_factory=dict)
-    """Whatever else belongs in report.json, beside the fields above."""
+    """Further entries of report.json."""
 
     def __post_init__(self) -> None:
         for name in ("accuracy_before", "accuracy_after"):

@@ -1,4 +1,4 @@
-"""The stages of the command line, one row each. A new stage is a row here and a file beside this one.
+"""Stages of the command line, one row each. A new stage is a row here and a file beside this one.
 
 Modules stand as text and are imported when they are asked for: usage and `--help` need neither torch nor Megatron.
 """
@@ -23,7 +23,7 @@ class Stage:
     trains: bool = False
     """Recipes are written for the stage; others may read them and pass over its values."""
     has_steps: bool = False
-    """The function takes the arguments and the other stages instead, and reads a step's name and its keys itself."""
+    """`function` takes the arguments and the other stages instead, and reads a step's name and its keys itself."""
 
     def configuration(self) -> type:
         """Import the configuration's class."""
