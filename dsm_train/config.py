@@ -241,8 +241,8 @@ class AlgorithmConfig:
 class RunConfig:
     """Values that every stage has."""
 
-    out: Path = Path("runs/run")
-    """Folder for metrics, samples, report and weights."""
+    out: Path | None = None
+    """Folder for metrics, samples, report and weights; none: a new one, runs/STAGE-DATE-TIME."""
     overwrite: bool = False
     """Replace the finished run that `out` holds, its weights as well; without it such a folder is refused."""
     init: Path | None = None

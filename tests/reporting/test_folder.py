@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from dsm_train.reporting.folder import FILES, RunFolder, new_folder
+from dsm_train.config import RunConfig
+from dsm_train.reporting.folder import FILES, RunFolder, claim_folder, new_folder
 from dsm_train.reporting.metrics import Metrics
 
 HOLD = """
@@ -98,6 +99,16 @@ def test_half_a_state_is_an_unfinished_run(tmp_path: Path):
     (tmp_path / "metrics.jsonl").write_text("old")
     RunFolder.claim(tmp_path, overwrite=False).close()
     assert [path.read_text() for path in tmp_path.glob("unfinished-*/metrics.jsonl")] == ["old"]
+
+
+def test_a_run_without_a_name_gets_a_new_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    first, second = claim_folder(RunConfig(), "grpo"), claim_folder(RunConfig(), "grpo")
+    named = claim_folder(RunConfig(out=Path("here")), "grpo")
+    assert first.path != second.path and {first.path.parent, second.path.parent} == {Path("runs")}
+    assert named.path == Path("here")
+    for folder in (first, second, named):
+        folder.close()
 
 
 def test_default_names_are_new_each_time(tmp_path: Path):
