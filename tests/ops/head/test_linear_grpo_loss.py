@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from triton_kernels import LinearGrpoLoss, Objective, grpo_loss, linear_grpo_loss
 from triton_kernels._common import SUMS
+from triton_kernels.head.linear_grpo_loss import linear_grpo_loss_op
 from triton_kernels.head.policy_gradient import Settings, loss_and_gradients
 from triton_kernels.head.policy_logits import PolicyRows
 from triton_kernels.policy.grpo_loss import policy_loss
@@ -334,3 +335,12 @@ def test_small_weights_do_not_underflow_in_fp16(device: torch.device) -> None:
     factor = 1e7  # what a loss scale does
     for x, y in zip(torch.autograd.grad(factor * output.loss, half), exact_gradients, strict=True):
         assert relative_error(x.double() / factor, y) < 4e-3
+
+
+@pytest.mark.no_interpret  # what opcheck asks does not depend on what serves the op
+@pytest.mark.parametrize("needs", [[True, True, True], [False, True, False], [False, False, False]])
+def test_opcheck(needs: list[bool], device: torch.device) -> None:
+    inputs, target_T, rows = make(device, garbage=False)
+    constants = (target_T, rows.old_logprob_T, rows.ref_logprob_T, None, *rows.args()[3:])
+    settings = (0.8, 2.0, 2**13, False, needs, *objective_arguments(Objective(entropy_coef=0.1)))
+    torch.library.opcheck(linear_grpo_loss_op, (*(x.detach() for x in inputs), *constants, *settings))
