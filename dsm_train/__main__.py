@@ -8,6 +8,7 @@ from importlib import metadata
 from importlib.util import find_spec
 
 from dsm_train import __version__
+from dsm_train.installed import require_own_kernels
 from dsm_train.stages import table
 
 PACKAGES = ("megatron", "pyarrow", "transformers", "tyro")
@@ -28,6 +29,7 @@ def main(argv: list[str] | None = None) -> None:
         return
     name, rest = arguments[0], arguments[1:]
     try:
+        require_own_kernels()
         stage, others = table.find(name), table.others(name)
         if not stage.has_steps:
             _check_packages(("tyro",) if {"-h", "--help"} & set(rest) else PACKAGES)

@@ -38,7 +38,9 @@ def prepare(config: ConfigT, sampling: SamplingConfig | None) -> tuple[ConfigT, 
     the initial weights have it.
     """
     if config.run.init is not None:
-        config = replace(config, model=weights.saved_model(config.run.init, config.model))
+        saved = weights.saved_model(config.run.init, config.model)
+        weights.check_model(config.run.init, saved, config.model, config.given)
+        config = replace(config, model=saved)
     tasks = load_tasks(config.data)
     tokenizer = make_tokenizer(config.data, config.run.init, tasks.train)
     vocab = padded_vocab(tokenizer.vocab_size, config.model.vocab_multiple, config.parallel.tp)
@@ -56,7 +58,7 @@ def prepare(config: ConfigT, sampling: SamplingConfig | None) -> tuple[ConfigT, 
         check_lengths(config, sampling, (*tasks.train, *tasks.heldout), tokenizer)
     check_solutions(config, tasks, tokenizer)
     if config.run.init is not None:
-        weights.check_vocabulary(config.run.init, tokenizer.vocab_size)
+        weights.check_tokenizer(config.run.init, tokenizer)
     uses_transformer_engine(config.model)
     core_attention(config.model)
     return config, Questions(tasks, tokenizer, tuple(note for note in notes if note is not None))

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from importlib.util import find_spec
+from pathlib import Path
 from types import TracebackType
 from typing import Generic, TypeVar
 
 import torch
 
-from dsm_train.cli import to_yaml, user_errors
+from dsm_train import __version__
+from dsm_train.cli import check_alike, digest, fingerprint, to_yaml, user_errors
 from dsm_train.configs import StageConfig
 from dsm_train.data.tokenizer import Tokenizer
 from dsm_train.megatron import parallel, platform, weights
@@ -23,6 +26,8 @@ from dsm_train.megatron.parallel import Parallel
 from dsm_train.megatron.step import Model, adam_implementation
 from dsm_train.megatron.weights import ModelSpec
 from dsm_train.packing.packer import Packer
+from dsm_train.prepare import Questions
+from dsm_train.reporting.folder import claim_folder
 from dsm_train.reporting.metrics import Metrics, Progress, Samples, Stopwatch, prepare_output
 from dsm_train.reporting.report import startup_table
 from triton_kernels import implementations
@@ -70,12 +75,18 @@ class Job(Generic[OwnConfigT]):
         """Specify the model that the configuration names, with a language head."""
         return ModelSpec(self.config.model, HeadSpec(vocab_size), self.config.run.init, self.config.run.seed)
 
+    @property
+    def out(self) -> Path:
+        """Output folder of a stage that trains."""
+        assert self.config.run.out is not None, "a stage that trains has claimed a folder"
+        return self.config.run.out
+
     def save(self, model: Model, tokenizer: Tokenizer) -> None:
         """Write weights and tokenizer to the output folder, from which `run.init` starts another stage."""
-        folder = self.config.run.out / "weights"
+        folder = self.out / "weights"
         self.parallel.watchdog.enter("saving of weights")
         with self.parallel.watchdog.paused():
-            weights.save_weights(folder, model.chunks, self.config.model, self.parallel)
+            weights.save_weights(folder, model.chunks, self.config.model, self.parallel, tokenizer)
             if self.parallel.is_main:
                 tokenizer.save(folder)
 
@@ -130,31 +141,52 @@ class Loop(AbstractContextManager["Loop"]):
 
 
 @contextmanager
-def start(config: ConfigT, prog: str, *, notes: Sequence[str] = (), trains: bool = True) -> Iterator[Job[ConfigT]]:
+def start(config: ConfigT, stage: str, questions: Questions, *, trains: bool = True) -> Iterator[Job[ConfigT]]:
     """Start the ranks of a job whose configuration was prepared (prepare.py).
 
-    An error in what the user gave is one line and exit status 2. A stage that does not train keeps no records, and
-    leaves those of the stage that did as they are.
+    An error in what the user gave is one line and exit status 2. A stage that does not train claims no folder and keeps
+    no records.
     """
-    with user_errors(prog):
-        prepare_output(config.run.out)
+    folder = None
+    with user_errors(f"dsm-train {stage}"):
+        if trains and parallel.rank() == 0:
+            folder = claim_folder(config.run, stage)
+        elif config.run.out is not None and not trains:
+            prepare_output(config.run.out)
         threads = parallel.set_threads(config.run.threads)
         ranks = parallel.start(config.parallel, config.run.seed)
-    out = config.run.out if ranks.is_main and trains else None
-    if out is not None:
-        for name in ("metrics.jsonl", "samples.jsonl"):
-            if (out / name).exists():
-                (out / name).replace(out / f"{name}.old")
-        (out / "config.yaml").write_text(to_yaml(config))
+        check_alike(ranks.gather_over_ranks(identity(config, questions)))
+    if trains:
+        config = replace(config, run=replace(config.run, out=ranks.from_main(folder.path if folder else None)))
+    if folder is not None:
+        (folder.path / "config.yaml").write_text(to_yaml(config))
+    out = folder.path if folder else None
     job = Job(config, ranks, Metrics(out), Samples(out))
-    job.say("\n".join([startup_table(served_by(config, ranks, threads)), *notes]))
+    job.say("\n".join([startup_table(served_by(config, ranks, threads)), *questions.notes, *missing_ops()]))
     try:
         with ranks.watchdog.failures():
             yield job
+        if folder is not None:
+            folder.finish()
     finally:
         job.metrics.close()
         job.samples.close()
+        if folder is not None:
+            folder.close()
         parallel.stop(ranks)
+
+
+def identity(config: StageConfig, questions: Questions) -> dict[str, str]:
+    """Write down what has to be the same on every rank."""
+    tasks = digest(f"{task.prompt}\0{task.answer}" for task in (*questions.tasks.train, *questions.tasks.heldout))
+    return fingerprint(config, tasks, questions.tokenizer.fingerprint(), __version__)
+
+
+def missing_ops() -> list[str]:
+    """Say what is lost where the C++ ops were not built and the device is the CPU."""
+    if platform.device().type != "cpu" or find_spec("triton_kernels._C") is not None:
+        return []
+    return ["the C++ ops were not built, and slower ones serve: reinstall with a C++ compiler and --no-build-isolation"]
 
 
 def served_by(config: StageConfig, ranks: Parallel, threads: int) -> list[tuple[str, str]]:

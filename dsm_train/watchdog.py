@@ -31,6 +31,8 @@ from typing import TYPE_CHECKING, NoReturn
 
 import torch
 
+from dsm_train.cli.errors import tell_torchrun
+
 if TYPE_CHECKING:
     from torch.distributed import Store
 
@@ -254,6 +256,7 @@ class Watchdog:
         """Print past sys.stderr, whose lock the main thread may hold."""
         above = "\n" if sys.stderr.isatty() else ""  # a line of progress may be under way
         os.write(2, f"{above}{self._prog}: {text}\n".encode())
+        tell_torchrun(f"{self._prog}: {text}")
 
 
 class _Clock:

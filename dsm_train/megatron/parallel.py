@@ -146,6 +146,11 @@ def world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def rank() -> int:
+    """Return this process's rank, joined or not; 0 without torchrun."""
+    return dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", "0"))
+
+
 def check_layout(parallel: ParallelConfig, model: ModelConfig, vocab_size: int) -> None:
     """Raise `ValueError` unless the layout fits the number of ranks and divides the model."""
     world, cells = world_size(), parallel.model_ranks

@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from dsm_train.config import ModelConfig
+from dsm_train.data.tokenizer import Tokenizer
 from dsm_train.megatron.heads import HeadSpec, ValueLayer
 from dsm_train.megatron.model import HiddenGPTModel, build_model
 from dsm_train.megatron.parallel import Parallel
@@ -28,6 +29,7 @@ from dsm_train.megatron.parallel import Parallel
 _LAYER = re.compile(r"decoder\.layers\.(\d+)\.(.*)")
 WEIGHTS_FILE = "model.safetensors"
 MODEL_FILE = "model.json"
+_TOKENIZER = "tokenizer"
 VOCABULARY_WEIGHTS = ("embedding.word_embeddings.weight", "output_layer.weight")
 """Names of the weights with a row per token."""
 _AS_GIVEN = ("layers", "attention", "dtype", "recompute", "logits_mib", "vocab_multiple", "max_length")
@@ -199,8 +201,16 @@ def difference_of_copies(
     return float(parallel.all_reduce(largest, dist.ReduceOp.MAX))
 
 
-def save_weights(folder: Path, chunks: Sequence[HiddenGPTModel], model: ModelConfig, parallel: Parallel) -> None:
+def save_weights(
+    folder: Path,
+    chunks: Sequence[HiddenGPTModel],
+    model: ModelConfig,
+    parallel: Parallel,
+    tokenizer: Tokenizer | None = None,
+) -> None:
     """Write `model.safetensors` (full tensors by canonical name) and `model.json`, each in one atomic rename.
+
+    model.json has the model's configuration, and vocabulary size and fingerprint of its tokenizer.
 
     All ranks call it; the main rank writes, for which it holds the whole model in CPU memory.
     """
@@ -209,7 +219,8 @@ def save_weights(folder: Path, chunks: Sequence[HiddenGPTModel], model: ModelCon
         return
     folder.mkdir(parents=True, exist_ok=True)
     save_file(tensors, folder / f"{WEIGHTS_FILE}.tmp")
-    (folder / f"{MODEL_FILE}.tmp").write_text(json.dumps(asdict(model), indent=1) + "\n")
+    known = {} if tokenizer is None else {"vocab_size": tokenizer.vocab_size, "fingerprint": tokenizer.fingerprint()}
+    (folder / f"{MODEL_FILE}.tmp").write_text(json.dumps(asdict(model) | {_TOKENIZER: known}, indent=1) + "\n")
     for file in (WEIGHTS_FILE, MODEL_FILE):
         (folder / f"{file}.tmp").replace(folder / file)
 
@@ -223,8 +234,9 @@ def saved_model(folder: Path, model: ModelConfig) -> ModelConfig:
         if not (folder / file).is_file():
             raise ValueError(f"run.init: {folder} holds no {file}; give a folder written by a stage of this trainer")
     try:
-        saved = ModelConfig(**json.loads((folder / MODEL_FILE).read_text()))
-    except (TypeError, ValueError) as error:
+        described = json.loads((folder / MODEL_FILE).read_text())
+        saved = ModelConfig(**{name: value for name, value in described.items() if name != _TOKENIZER})
+    except (AttributeError, TypeError, ValueError) as error:
         raise ValueError(
             f"run.init: {folder / MODEL_FILE} does not describe a model ({error}): write it anew"
         ) from error
@@ -245,17 +257,24 @@ def check_model(folder: Path, saved: ModelConfig, asked: ModelConfig, given: Map
             )
 
 
-def check_vocabulary(folder: Path, vocab_size: int) -> None:
-    """Raise `ValueError` when the weights file cannot be read, or has no row for some token."""
+def check_tokenizer(folder: Path, tokenizer: Tokenizer) -> None:
+    """Raise `ValueError` when the weights cannot be read, or were trained with another tokenizer."""
     try:
         with safe_open(folder / WEIGHTS_FILE, framework="pt") as file:
             rows = file.get_slice("embedding.word_embeddings.weight").get_shape()[0]
     except SafetensorError as error:
         raise ValueError(f"run.init: {folder / WEIGHTS_FILE} is damaged ({error}): write it anew") from error
-    if rows < vocab_size:
+    if rows < tokenizer.vocab_size:
         raise ValueError(
-            f"run.init: {folder} has weights for {rows} tokens, and the tokenizer {vocab_size}: use the "
+            f"run.init: {folder} has weights for {rows} tokens, and the tokenizer {tokenizer.vocab_size}: use the "
             "tokenizer that lies beside the weights"
+        )
+    known = json.loads((folder / MODEL_FILE).read_text()).get(_TOKENIZER)
+    if known and known["fingerprint"] != tokenizer.fingerprint():
+        raise ValueError(
+            f"run.init: {folder} was trained with another tokenizer ({known['vocab_size']} tokens, "
+            f"{known['fingerprint']}) than the one given ({tokenizer.vocab_size} tokens, {tokenizer.fingerprint()}): "
+            "use the tokenizer that lies beside the weights"
         )
 
 

@@ -19,11 +19,10 @@ from dsm_train.types import Prompt
 
 
 def evaluate(config: EvaluateConfig) -> None:
-    """Measure accuracy on held-out tasks; printed, and written to eval.json."""
-    prog = "dsm-train eval"
-    with user_errors(prog):
+    """Measure accuracy on held-out tasks; printed, and written to eval.json where run.out is given."""
+    with user_errors("dsm-train eval"):
         config, questions = prepare(config, config.sampling)
-    with start(config, prog, notes=questions.notes, trains=False) as job:
+    with start(config, "eval", questions, trains=False) as job:
         tokenizer, heldout = questions.tokenizer, questions.tasks.heldout
         model = Model.build(job.language_model(tokenizer.vocab_size), job.parallel)
         engine = EmbeddedEngine(model, [tokenizer.eos_id], config.run.seed)
@@ -32,20 +31,19 @@ def evaluate(config: EvaluateConfig) -> None:
         if config.eval.samples:
             result["pass_at_k"] = evaluator.pass_at_k(heldout, config.eval.samples)
         job.say(json.dumps(result))
-        if job.parallel.is_main:
+        if job.parallel.is_main and config.run.out is not None:
             (config.run.out / "eval.json").write_text(json.dumps(result, indent=2) + "\n")
 
 
 def generate(config: GenerateConfig) -> None:
     """Sample responses to prompts, and print them."""
-    prog = "dsm-train generate"
-    with user_errors(prog):
+    with user_errors("dsm-train generate"):
         config, questions = prepare(config, config.sampling)
         tokenizer = questions.tokenizer
         texts = config.prompts or tuple(task.prompt for task in questions.tasks.heldout[:4])
         given = [Task(i, text, answer="", solution=None) for i, text in enumerate(texts)]
         check_lengths(config, config.sampling, given, tokenizer)
-    with start(config, prog, notes=questions.notes, trains=False) as job:
+    with start(config, "generate", questions, trains=False) as job:
         model = Model.build(job.language_model(tokenizer.vocab_size), job.parallel)
         engine = EmbeddedEngine(model, [tokenizer.eos_id], config.run.seed)
         prompts = [Prompt(task.id, tokenizer.encode(task.prompt)) for task in given]

@@ -18,18 +18,18 @@ from dsm_train.run import Job, start
 from dsm_train.stages.sft import supervise
 from dsm_train.train import reinforce
 
-PROG = "dsm-train grpo"
+STAGE = "grpo"
 
 
 def train_grpo(config: GrpoConfig) -> None:
     """Train a policy from what the configuration names, and write weights, metrics, report and curve."""
-    with user_errors(PROG):
+    with user_errors(f"dsm-train {STAGE}"):
         algo = algorithm(config.algorithm)
         prompts = config.algorithm.prompts_per_step
         check_batch(config.parallel, "algorithm.prompts_per_step", prompts, algo.minibatches)
         check_record(config.record)
         config, questions = prepare(config, config.sampling)
-    with start(config, PROG, notes=questions.notes) as job:
+    with start(config, STAGE, questions) as job:
         tokenizer, heldout = questions.tokenizer, questions.tasks.heldout
         warmup, updates = config.warmup, config.steps * algo.updates
         policy = TrainableModel.build(
@@ -54,9 +54,9 @@ def train_grpo(config: GrpoConfig) -> None:
             learnt["pass_at_k"] = evaluator.pass_at_k(heldout, config.eval.samples)
         job.save(policy, tokenizer)
         if job.parallel.is_main:
-            write_report(config.run.out, Report(before, after, seconds, learnt))
-            learning_curve(config.run.out / "metrics.jsonl", config.run.out / "curve.png")
-        job.say(f"held-out accuracy {before:.3f} before GRPO, {after:.3f} after, {seconds:.0f} s: {config.run.out}")
+            write_report(job.out, Report(before, after, seconds, learnt))
+            learning_curve(job.out / "metrics.jsonl", job.out / "curve.png")
+        job.say(f"held-out accuracy {before:.3f} before GRPO, {after:.3f} after, {seconds:.0f} s: {job.out}")
 
 
 def journal(job: Job[GrpoConfig], questions: Questions, algo: Algorithm, evaluator: Evaluator) -> Journal:

@@ -27,14 +27,14 @@ from dsm_train.run import Job, start
 from dsm_train.types import Sequences
 from dsm_train.update import optimizer_step
 
-PROG = "dsm-train sft"
+STAGE = "sft"
 
 
 def train_sft(config: SftConfig) -> None:
     """Fine-tune a model on the tasks' worked solutions, and write weights, metrics and curve."""
-    with user_errors(PROG):
+    with user_errors(f"dsm-train {STAGE}"):
         config, questions = prepare(config, config.sampling)
-    with start(config, PROG, notes=questions.notes) as job:
+    with start(config, STAGE, questions) as job:
         tokenizer = questions.tokenizer
         spec = job.language_model(tokenizer.vocab_size)
         model = TrainableModel.build(spec, job.parallel, config.sft.optim, config.sft.steps)
@@ -43,7 +43,7 @@ def train_sft(config: SftConfig) -> None:
         supervise(job, questions, model, config.sft, evaluator)
         job.save(model, tokenizer)
         if job.parallel.is_main:
-            learning_curve(config.run.out / "metrics.jsonl", config.run.out / "curve.png")
+            learning_curve(job.out / "metrics.jsonl", job.out / "curve.png")
 
 
 def supervise(

@@ -46,7 +46,7 @@ STAGES = (
         "grpo",
         "GRPO (DeepSeekMath, Algorithm 1), after a supervised warm-up if asked for.",
         "dsm_train.configs:GrpoConfig",
-        "dsm_train.train:train_grpo",
+        "dsm_train.stages.grpo:train_grpo",
         trains=True,
     ),
     Stage(
@@ -65,7 +65,7 @@ STAGES = (
         "verify-step",
         "Compare an optimizer step in this layout with the same step on one rank.",
         "dsm_train.configs:VerifyStepConfig",
-        "dsm_train.verify.step:verify_step",
+        "dsm_train.stages.verify_step:verify_step",
     ),
     Stage(
         "corpus",
