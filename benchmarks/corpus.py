@@ -34,7 +34,7 @@ from dsm_train.corpus import tokenise
 from dsm_train.corpus.cleaning import decontaminate, dedup
 from dsm_train.corpus.config import CorpusConfig
 from dsm_train.corpus.demo.synthetic_web import Truth, make
-from dsm_train.corpus.engine.engine import finished_shards
+from dsm_train.corpus.engine.engine import collected_folder, finished_shards
 from dsm_train.corpus.engine.page import Page, read_pages, write_pages
 from dsm_train.corpus.engine.progress import duration
 from dsm_train.corpus.mining import rounds
@@ -212,7 +212,7 @@ def measure_steps(folder: Path, pages: int, config: CorpusConfig, padding: int, 
     given, size = len(texts), sum(texts) / len(texts)
     _prepare(folder, truth)
     step("round", given, size, lambda: rounds.run_rounds(config, finished_shards(folder / "dedup"), folder))
-    texts = list(_lengths(rounds.collected_folder(folder)))
+    texts = list(_lengths(collected_folder(folder)))
     given, size = len(texts), sum(texts) / len(texts)
     step("decontaminate", given, size, lambda: decontaminate.run(config))
     step("tokenise", given, size, lambda: tokenise.run(config))

@@ -1,1 +1,1 @@
-"""From Common Crawl to training tokens: extract, deduplicate, rank in rounds, decontaminate, tokenise."""
+"""Corpus of mathematics from Common Crawl: extract, deduplicate, rank in rounds, decontaminate, tokenise."""

@@ -14,7 +14,7 @@ from dsm_train.config import require
 
 @dataclass(frozen=True)
 class CorpusRun:
-    """What every step has."""
+    """Settings of every step."""
 
     out: Path = Path("runs/corpus")
     """Folder of the corpus; every step has a folder in it."""
@@ -24,7 +24,7 @@ class CorpusRun:
 
 @dataclass(frozen=True)
 class SlurmConfig:
-    """What a Slurm job of the corpus asks for; read with engine.executor=slurm."""
+    """Request of a Slurm job; read with engine.executor=slurm."""
 
     partition: str = ""
     """Partition to submit to."""
@@ -46,16 +46,16 @@ class SlurmConfig:
 
 @dataclass(frozen=True)
 class EngineConfig:
-    """Where the shards of a step are worked on."""
+    """Execution of a step: place, workers, format of shards."""
 
     executor: Literal["local", "slurm", "ray"] = "local"
-    """This machine, a Slurm cluster, or a Ray cluster."""
+    """Place to run: this machine, a Slurm cluster, or a Ray cluster."""
     workers: int = 0
     """Shards worked on at once; 0: one per core of this machine, or without a limit on a cluster."""
     format: Literal["jsonl.gz", "jsonl.zst", "parquet"] = "jsonl.gz"
-    """How shards of pages are written; any of them is read."""
+    """Format in which shards of pages are written; any of them is read."""
     memory_gb: int = 4
-    """Memory of a worker: what is asked for on a cluster, and what deduplication keeps to half of."""
+    """Memory of a worker: requested on a cluster; deduplication uses half of it at most."""
     slurm: SlurmConfig = field(default_factory=SlurmConfig)
     """Slurm."""
 
@@ -77,7 +77,7 @@ class ExtractConfig:
     inputs: tuple[str, ...] = ()
     """WARC or WET files, folders of them, or globs."""
     languages: tuple[str, ...] = ()
-    """Languages to keep (en, zh, ...); none: all, as in the paper."""
+    """Languages to keep (en, zh, ...); empty: all, as in the paper."""
     min_chars: int = 100
     """Shorter texts are dropped and counted."""
     max_html_mb: int = 16
@@ -112,7 +112,7 @@ class DedupConfig:
 
 @dataclass(frozen=True)
 class TokenizerConfig:
-    """The model's tokenizer: counts tokens, cuts text into features, writes the dataset."""
+    """Tokenizer of the model: counts tokens, cuts text into features, writes the dataset."""
 
     path: Path | None = None
     """Folder of a tokenizer, or a tokenizer.json."""

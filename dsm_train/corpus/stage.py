@@ -1,4 +1,4 @@
-"""The stage `corpus` of the command line: `python -m dsm_train corpus <step> --config FILE [key=value ...]`."""
+"""Stage `corpus` of the command line: `python -m dsm_train corpus <step> --config FILE [key=value ...]`."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from typing import Any, NoReturn
 from dsm_train.stages.table import Stage
 
 PACKAGES = tuple("datatrove fastwarc fasttext pyarrow regex resiliparse tokenizers tyro xxhash zstandard".split())
-"""What the steps import, of the extras `train` and `corpus`."""
+"""Packages that the steps import, from the extras `train` and `corpus`."""
 
 
 @dataclass(frozen=True)
 class Step:
-    """A step: its name, the function that runs it, and what it does."""
+    """Step of the corpus: its name, the function that runs it, and what it does."""
 
     name: str
     module: str
@@ -28,15 +28,15 @@ class Step:
     needs: tuple[str, ...] = ()
     """Values of the configuration that have no default and are needed."""
     reads: tuple[str, ...] = ()
-    """Files and folders that the configuration names, which have to be there."""
+    """Keys of the configuration whose files and folders have to exist."""
     recipe: Path | None = None
-    """What it runs with below the recipe that a user gives."""
+    """Defaults of the step, below the recipe that a user gives."""
 
 
 STEPS = (
     Step(
         "demo",
-        "demo.demo",
+        "demo.run",
         "run",
         "Make a small synthetic web with known truth, run all steps on it, and show what was found.",
         recipe=Path(__file__).parent / "demo" / "demo.yaml",
@@ -71,7 +71,10 @@ STEPS = (
         ("rounds.seeds", "tokenizer.path", "domains.rules", "domains.annotations"),
     ),
     Step(
-        "annotate", "mining.annotate", "run", "Write the page on which a person marks the URLs of mathematical domains."
+        "annotate",
+        "mining.rounds",
+        "annotate_step",
+        "Write the page on which a person marks the URLs of mathematical domains.",
     ),
     Step(
         "decontaminate",
@@ -140,7 +143,7 @@ def _run(prog: str, steps: Sequence[Step], arguments: Sequence[str], others: Seq
 
 
 def _check(steps: Sequence[Step], config: Any) -> None:
-    """Refuse at once what would be missing after hours."""
+    """Raise ValueError at once for a value or file that would be missed after hours."""
 
     def value(key: str) -> Any:
         section, name = key.split(".")
@@ -159,10 +162,10 @@ def _check(steps: Sequence[Step], config: Any) -> None:
 
 def _show(step: Step, report: Any) -> None:
     """Print the counts of a step that reports them."""
-    from dsm_train.corpus.engine.engine import Report
+    from dsm_train.corpus.engine.engine import StepReport
     from dsm_train.corpus.engine.progress import duration
 
-    if isinstance(report, Report):
+    if isinstance(report, StepReport):
         counts = ", ".join(f"{name} {count:,}" for name, count in report.counts.items())
         print(f"{step.name}: {counts} ({report.shards} shards, {duration(report.seconds)})", flush=True)
 

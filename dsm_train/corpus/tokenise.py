@@ -1,4 +1,4 @@
-"""Pages to Megatron's indexed dataset, with a manifest that says what is in it and what it was made from."""
+"""Conversion of pages to Megatron's indexed dataset, with a manifest of its contents and sources."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import numpy as np
 
 from dsm_train.config import require
 from dsm_train.corpus.config import CorpusConfig, EngineConfig, TokenizerConfig
-from dsm_train.corpus.engine.engine import Report, Task, claim, finished_shards, read_report, run_step, write_json
+from dsm_train.corpus.engine.engine import StepReport, Task, claim, finished_shards, read_report, run_step, write_json
 from dsm_train.corpus.engine.page import read_pages, replacing
 from dsm_train.data.tokenizer import Tokenizer, load_tokenizer
 
@@ -27,7 +27,7 @@ _BLOCK = 1 << 20
 
 @dataclass(frozen=True)
 class FileRecord:
-    """A file, and what proves that it is the same."""
+    """Record of a file that identifies its contents."""
 
     path: str
     bytes: int
@@ -54,7 +54,7 @@ class Manifest:
     tokens: int
     """Tokens of the dataset, with the one that ends each page."""
     dtype: str
-    """How an id is stored."""
+    """Type in which ids are stored."""
     vocab_size: int
     """Largest id of the tokenizer, plus 1."""
     eos_id: int
@@ -64,12 +64,12 @@ class Manifest:
     tokenizer: FileRecord
     """The tokenizer; of a folder, its files' hashes, hashed."""
     sources: tuple[Source, ...]
-    """What it was made from, in the order of the documents."""
+    """Shards it was made from, in the order of the documents."""
     configuration: Mapping[str, Any]
     """The configuration of the corpus."""
 
 
-def run(config: CorpusConfig) -> Report:
+def run(config: CorpusConfig) -> StepReport:
     """Step `tokenise`: the pages in OUT/decontaminate, or tokenise.inputs, to OUT/dataset."""
     inputs = finished_shards(config.tokenise.inputs or config.run.out / "decontaminate")
     return to_dataset(inputs, config.tokenizer, config.run.out / "dataset", config.engine, asdict(config))
@@ -81,7 +81,7 @@ def to_dataset(
     out: Path,
     engine: EngineConfig,
     configuration: Mapping[str, Any],
-) -> Report:
+) -> StepReport:
     """Write all pages, in order, as `out/corpus.bin`, `out/corpus.idx` and `out/manifest.json`.
 
     Each page is a document that ends in the end token; pages without text are left out and counted (`empty`). The

@@ -1,9 +1,9 @@
-"""The texts of benchmarks, and where a page holds them: n-grams that match exactly, and short texts as a whole.
+"""Search of pages for the texts of benchmarks: n-grams that match exactly, and short texts as a whole.
 
 A gram is a word, or a Chinese character; case, punctuation, white space, GSM8K's calculator annotations and LaTeX's
 layout do not count. A page is compared in three steps. Its words are hashed, and all runs of n - 2 of them are looked
-up at once: for most pages that is the end. Where three runs in a row are found the n words are compared one by one;
-where fewer are, it is a near miss. The hashes are of 64 bits and the same everywhere; Python's own are not.
+up at once: for most pages that is the end. After three runs in a row the n words are compared one by one; fewer are a
+near miss. Hashes have 64 bits and are the same in every process, unlike Python's own.
 
 C words of all benchmarks, W of all texts that are compared, N characters, U different runs, P texts.
 """
@@ -43,7 +43,7 @@ _LEAST_NEAR = 4
 
 @dataclass(frozen=True)
 class Words:
-    """The grams of P texts: words in lower case and Chinese characters, without what does not count.
+    """Grams of P texts: words in lower case and Chinese characters, without what does not count.
 
     A text and its lines one by one have the same grams. Characters are looked up in a table and words are hashed, all
     at once and for many texts at once: a regular expression and a dictionary take five times as long.
@@ -115,7 +115,7 @@ def _plain(text: str) -> str:
 
 @functools.cache
 def _kinds() -> np.ndarray:
-    """Of every code point: 0: in no word; 1: a letter or a digit; _APART: a Chinese character, a word of its own."""
+    """Class of every code point: 0: in no word; 1: a letter or a digit; _APART: a Chinese character, itself a word."""
     kind_U = np.fromiter((chr(code).isalnum() for code in range(sys.maxunicode + 1)), np.uint8, sys.maxunicode + 1)
     for first, last in _CHINESE:
         kind_U[first : last + 1] = _APART
@@ -158,7 +158,7 @@ class Match:
 
 @dataclass(frozen=True)
 class BenchmarkCounts:
-    """What an index of benchmarks holds."""
+    """Size of an index of benchmarks."""
 
     items: int
     """Lines."""
@@ -181,7 +181,7 @@ class Benchmarks:
         self._near = ngram - 2 if ngram - 2 >= _LEAST_NEAR else ngram
         self._items: list[Item] = []
         long: list[np.ndarray] = []
-        owner: list[int] = []  # of each long text, its place in _items
+        owner: list[int] = []  # place in _items of each long text
         self._short: dict[int, list[tuple[np.ndarray, int]]] = defaultdict(list)  # by the hash of their beginning
         skipped, seen = 0, set()
         for item, text in items:
@@ -216,7 +216,7 @@ class Benchmarks:
         return Benchmarks((found for path in paths for found in _read(path)), ngram, min_ngram)
 
     def check(self, words: Words) -> list[list[Match]]:
-        """Where each text matches; near misses only where nothing does."""
+        """Matches of each text; near misses of a text only when nothing in it matches."""
         word_W = words.hashes()
         found: list[list[Match]] = [[] for _ in words.first_P[1:]]
         for match in itertools.chain(self._exact(word_W), self._long(word_W)):
@@ -249,7 +249,7 @@ class Benchmarks:
                 yield Match("near", self._items[self._item_C[place]], start, end + near - 1)
 
     def _place(self, places: _Places, word_n: np.ndarray) -> int:
-        """Where the long texts have these very words; -1: nowhere."""
+        """Position of these words in the long texts; -1 if they are not there."""
         place = places.first(_runs(word_n, len(word_n))[0])
         return place if np.array_equal(self._word_C[place : place + len(word_n)], word_n) else -1
 
@@ -286,7 +286,7 @@ class _Places:
         self.filter = _Filter(self.hash_U)
 
     def first(self, hash_: np.uint64) -> int:
-        """Where the run with this hash, which is one of them, first stands."""
+        """First position of the run with this hash, which has to be one of them."""
         return int(self._place_U[np.searchsorted(self.hash_U, hash_)])
 
 

@@ -3,7 +3,7 @@
 A segment of text that holds 10 words of a benchmark's question or answer in a row is removed; so is one that holds a
 benchmark text of 3 to 9 words. A segment is a line of the page, which is a paragraph; with level=page the whole page
 goes. The folder `report` says what was removed and why, and what came near: removed.jsonl, near_misses.jsonl and
-summary.json. benchmarks.py says what counts as a word.
+summary.json. benchmark_sets.py says what counts as a word.
 """
 
 from __future__ import annotations
@@ -21,7 +21,15 @@ import numpy as np
 
 from dsm_train.corpus.cleaning.benchmark_sets import Benchmarks, Match, Words
 from dsm_train.corpus.config import CorpusConfig, DecontaminateConfig, EngineConfig
-from dsm_train.corpus.engine.engine import Report, Task, finished_shards, run_step, shard_tasks, write_json
+from dsm_train.corpus.engine.engine import (
+    StepReport,
+    Task,
+    collected_folder,
+    finished_shards,
+    run_step,
+    shard_tasks,
+    write_json,
+)
 from dsm_train.corpus.engine.page import Page, page_batches, read_pages, replacing, write_pages
 
 _PAGES, _CHARS = 1 << 12, 1 << 18
@@ -39,7 +47,7 @@ class Removal:
     page: str
     url: str
     action: Literal["segment", "page", "near miss"]
-    """What was removed; nothing, for a near miss."""
+    """Removed unit; a near miss removes nothing."""
     kind: str
     """ngram: at least n words in a row; exact: a whole short text; near: fewer words than n."""
     benchmark: str
@@ -136,7 +144,7 @@ class Decontaminate:
         return counts
 
 
-def decontaminate(config: DecontaminateConfig, engine: EngineConfig, inputs: Sequence[Path], out: Path) -> Report:
+def decontaminate(config: DecontaminateConfig, engine: EngineConfig, inputs: Sequence[Path], out: Path) -> StepReport:
     """Run the step over shards of pages into the folder `out`, and write its report.
 
     Raises ValueError for benchmarks that cannot be read, before any page is.
@@ -156,10 +164,8 @@ def decontaminate(config: DecontaminateConfig, engine: EngineConfig, inputs: Seq
     return report
 
 
-def run(config: CorpusConfig) -> Report:
-    """The step of the command line: decontaminate.inputs, or what the last round collected, to OUT/decontaminate."""
-    from dsm_train.corpus.mining.rounds import collected_folder
-
+def run(config: CorpusConfig) -> StepReport:
+    """Run the step `decontaminate`: decontaminate.inputs, or what the last round collected, to OUT/decontaminate."""
     out = config.run.out
     inputs = finished_shards(config.decontaminate.inputs or collected_folder(out))
     return decontaminate(config.decontaminate, config.engine, inputs, out / "decontaminate")
@@ -167,7 +173,7 @@ def run(config: CorpusConfig) -> Report:
 
 @functools.lru_cache(1)
 def _load(files: tuple[str, ...], ngram: int, min_ngram: int) -> Benchmarks:
-    """The index, kept from one shard to the next of a worker."""
+    """Index of the benchmarks, kept by a worker from one shard to the next."""
     return Benchmarks.from_files([Path(file) for file in files], ngram, min_ngram)
 
 
@@ -177,7 +183,7 @@ def _report_path(folder: Path, index: int) -> Path:
 
 @dataclass(frozen=True)
 class Summary:
-    """What was found in all shards."""
+    """Findings in all shards."""
 
     ngram: int
     """Matches of n words or more in a row."""
@@ -186,7 +192,7 @@ class Summary:
     items: int
     """Benchmark texts that were found."""
     found_most: tuple[tuple[str, int], ...]
-    """The texts that most was removed for, and how often: "file:line field". Look whether they say too little."""
+    """Texts that caused most removals ("file:line field"), and how many: they may be too short to match by."""
 
 
 def _collect(report: Path, count: int) -> Summary:

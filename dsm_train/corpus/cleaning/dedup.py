@@ -1,14 +1,14 @@
 """Deduplication: one page of each URL, of each text, and of each group of near-duplicates; the earliest is kept.
 
-The three differ in the hashes of a page alone: one of its URL, one of its text, or 14 of its MinHash signature, which
-datatrove computes. Pages that share a hash are duplicates of each other, and so are pages that are linked by others.
-That is settled the same way for all three, in steps of the engine whose memory does not grow with the corpus:
+The three differ only in the hashes of a page: one of its URL, one of its text, or 14 of its MinHash signature, which
+datatrove computes. Duplicates are the connected components of the graph whose edges are shared hashes. They are found
+by label propagation, in steps of the engine whose memory does not grow with the corpus:
 
   rows    per shard: a row (hash, keep, page) for each hash of each page, sorted by hash. `keep` is the page to keep of
           those that this one is known to be linked with; at first, itself.
   groups  per range of hashes: rows with the same hash get the earliest `keep` among them; rows alone are dropped.
-  settle  per shard: the rows of a page get the earliest `keep` among them. Where any changed, its groups have to hear
-          of it: groups and settle again. At the end a page whose `keep` is another page goes.
+  settle  per shard: the rows of a page get the earliest `keep` among them. A change has to reach its groups: groups
+          and settle run again until nothing changes. Then a page goes when its `keep` is another page.
 
 Two pages that have the same 64-bit hash by chance count as duplicates: of 40 billion pages, 43 are expected to.
 """
@@ -29,7 +29,7 @@ import numpy as np
 from dsm_train.corpus.cleaning.fingerprints import Near, hash64, normalise_url
 from dsm_train.corpus.config import CorpusConfig, DedupConfig, EngineConfig
 from dsm_train.corpus.engine.engine import (
-    Report,
+    StepReport,
     Task,
     Work,
     claim,
@@ -42,18 +42,18 @@ from dsm_train.corpus.engine.page import Page, id_number, read_pages, replacing,
 
 Kind = Literal["url", "exact", "near"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
-"""In this order, so that a text does not go with a page that goes for its URL."""
+"""Kinds of duplicates, in the order they are removed: a page gone for its URL cannot take its text along."""
 HASH, DATE, ID, KEEP, PAGE = range(5)
 """Columns of a row, all uint64. DATE and ID are of the page KEEP; a page is numbered shard * 2**32 + place in it."""
 _SHARDS = 1 << 14
 """Shards at most: for each range of hashes and each block of pages, a file of each is opened."""
 _HOPS = 10
-"""Pages linked over more pages than this may stay: what a chain of a thousand pages would take is not worth it."""
+"""Rounds of label propagation at most: pages linked over more hops may stay, since long chains are not worth them."""
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """How much is held in memory, whatever the size of the corpus. A row takes 40 bytes, and as many to sort."""
+    """Bounds on memory, whatever the size of the corpus. A row takes 40 bytes, and as many to sort."""
 
     chunk: int
     """Rows sorted at once. A longer file is a sequence of sorted chunks."""
@@ -64,14 +64,14 @@ class Sizes:
 
     @classmethod
     def of(cls, memory_gb: int) -> Sizes:
-        """What takes less than half of the memory of a worker.
+        """Sizes that take less than half of a worker's memory.
 
-        Of C chunks and P ranges, every range reads every chunk: tens of billions of pages want 16 GB or more.
+        Every range of hashes reads every chunk: tens of billions of pages want 16 GB or more.
         """
         return cls(memory_gb << 20, memory_gb << 21, memory_gb << 16)
 
 
-def run(config: CorpusConfig) -> Report:
+def run(config: CorpusConfig) -> StepReport:
     """Step `dedup`: the pages in OUT/extract, less duplicates, to OUT/dedup."""
     inputs = finished_shards(config.run.out / "extract")
     return deduplicate(inputs, config.run.out / "dedup", config.dedup, config.engine)
@@ -79,7 +79,7 @@ def run(config: CorpusConfig) -> Report:
 
 def deduplicate(
     inputs: Sequence[Path], out: Path, config: DedupConfig, engine: EngineConfig, sizes: Sizes | None = None
-) -> Report:
+) -> StepReport:
     """Write each input shard to `out` without the pages that are duplicates of an earlier one.
 
     The earliest page of a group is kept: by date of capture, then by id. More than 16384 shards are joined. The counts
@@ -98,7 +98,7 @@ def deduplicate(
 
 
 def _joined(tasks: Sequence[Task]) -> list[Task]:
-    """As many tasks, or _SHARDS that each take the inputs of several."""
+    """The tasks, joined into _SHARDS that each take the inputs of several when there are more."""
     several = -(-len(tasks) // _SHARDS) or 1
     return [
         Task(index, tuple(path for task in tasks[start : start + several] for path in task.inputs), tasks[index].output)
@@ -112,7 +112,7 @@ def _find(
     """Write the places of the pages that go for this reason to `out/gone/kind/00042.gone`."""
     gone, parts = out / "gone" / kind, out / "parts" / kind
 
-    def step(name: str, given: Sequence[tuple[Path, ...]], work: Work) -> tuple[Path, Report]:
+    def step(name: str, given: Sequence[tuple[Path, ...]], work: Work) -> tuple[Path, StepReport]:
         folder = parts / name
         tasks = [Task(index, inputs, folder / f"{index:05d}.rows") for index, inputs in enumerate(given)]
         return folder, run_step(f"dedup {kind}, {name}", tasks, work, engine, folder)
@@ -185,7 +185,7 @@ class _Groups:
         return {"groups": len(shared)}
 
     def _shared(self, folder: Path, low: int, high: int) -> np.ndarray:
-        """For each hash of several rows one row, with the earliest KEEP and, as its PAGE, how many rows have the hash.
+        """One row for each hash that several rows share: KEEP is their earliest, PAGE their number.
 
         Rows of one hash, however many, take the memory of one.
         """

@@ -1,4 +1,4 @@
-"""The hashes of a page that duplicates share: of its URL, of its text, and of its MinHash signature."""
+"""Hashes of a page that duplicates share: of its URL, of its text, and of its MinHash signature."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ class Near:
     ngram: int
 
     def hashes(self, text: str) -> list[int]:
-        """One hash per bucket, of the bucket's number and its MinHashes; none for a text shorter than an n-gram."""
-        # What datatrove does to a text is in part for texts with accents; the others need half the time without.
+        """Hash per bucket, of the bucket's number and its MinHashes; none for a text shorter than an n-gram."""
+        # Part of datatrove's normalisation only matters for accents; other texts take half the time without it.
         self._signature.config.norm_config.norm_unicode_diacritics = not text.isascii()
         shingles = self._signature.get_shingles(text[:_COMPARED])
         if not len(shingles):
@@ -65,10 +65,10 @@ class _Words(WordTokenizer):
 
 
 def normalise_url(url: str) -> str:
-    """What all addresses of one page have in common.
+    """Canonical form of a URL, equal for all addresses of one page.
 
-    Without scheme, `www.`, default port, fragment, last slash and tracking parameters; the host in lower case, escapes
-    decoded, parameters sorted.
+    Scheme, `www.`, default port, fragment, last slash and tracking parameters are dropped; the host is in lower case,
+    escapes are decoded, parameters sorted.
     """
     try:
         parts = urlsplit(url.strip())
@@ -81,5 +81,5 @@ def normalise_url(url: str) -> str:
 
 
 def hash64(text: str) -> int:
-    """64 bits of a text, the same on every machine."""
+    """Hash of a text in 64 bits, the same on every machine."""
     return xxhash.xxh64_intdigest(text.encode("utf-8", "surrogatepass"))

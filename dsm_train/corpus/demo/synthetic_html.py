@@ -1,4 +1,4 @@
-"""HTML of the synthetic web: documents with every kind of mathematics markup, in pages as sites have them.
+"""HTML of the synthetic web: documents with every kind of mathematics markup, inside the pages of sites.
 
 `render` gives the bytes of a page, damage included.
 """
@@ -24,7 +24,7 @@ MARKUPS: tuple[Markup, ...] = ("mathjax", "delimiters", "dollars", "katex", "mat
 
 @dataclass(frozen=True, slots=True)
 class Look:
-    """How a site shows its pages; the same for all of them."""
+    """Appearance of a site, the same on all its pages."""
 
     host: str
     language: str
@@ -236,7 +236,7 @@ def _tear(rng: Random, page: str) -> str:
 
 @functools.lru_cache(64)
 def _padding(host: str, size: int) -> tuple[str, str]:
-    """What surrounds the text on the pages of a site: three fifths script, two fifths menus."""
+    """Filler around the text of a page: three fifths script, two fifths menus."""
     rng = Random(f"padding/{host}")
     names = [invented(rng, 2) for _ in range(200)]
     data, menu = [], []

@@ -62,7 +62,7 @@ Paragraph = tuple["str | Formula", ...]
 
 @dataclass(frozen=True, slots=True)
 class Document:
-    """What a page says, before it has any markup."""
+    """Text of a page, before any markup."""
 
     title: str
     paragraphs: tuple[Paragraph, ...]
@@ -70,7 +70,7 @@ class Document:
 
 @dataclass(frozen=True, slots=True)
 class Mixture:
-    """How a page is worded: which topics, how much of them, and how many sentences hold a formula."""
+    """Mixture of topics that a page's words are drawn from, and its share of sentences with a formula."""
 
     topics: tuple[str, ...]
     language: str
@@ -211,7 +211,7 @@ def _chinese_name(rng: Random) -> str:
     return rng.choice(_SURNAMES) + "".join(rng.choice(_GIVEN) for _ in range(rng.randint(1, 2)))
 
 
-# What is planted in pages.
+# Things planted in pages.
 
 
 def with_edits(rng: Random, document: Document) -> Document:

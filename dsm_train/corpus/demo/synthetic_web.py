@@ -1,13 +1,13 @@
-"""A synthetic web: HTML pages of many sites in real WARC files, of which it is known what each page is.
+"""Synthetic web with known truth: HTML pages of many sites, in real WARC files.
 
     truth = make(Path("web"), seed=0, pages=4000)
 
 writes web/warc/*.warc.gz, web/benchmark.jsonl and web/truth.json. The same seed gives the same bytes.
 
 Some sites are mathematics, most are not, and in some it is a section or a page here and there. The seed of the
-classifier knows only the *visible* sites. The *hidden* ones are about other topics, further and further from it: the
-first share its formal words and some formulas, the next only words of the first, and the Chinese ones meet English
-on a single bilingual site. So they are found by domains and by generalising, in more than one round, or not at all.
+classifier knows only the *visible* sites. The *hidden* ones treat topics further and further from it: the first share
+its formal words and some formulas, the next only words of the first, and the Chinese ones meet English on a single
+bilingual site. Only several rounds of domains and generalisation can find them.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ Copy = Literal["", "url", "exact", "near"]
 
 @dataclass(frozen=True, slots=True)
 class PageTruth:
-    """What is known of a page."""
+    """Truth of a page."""
 
     url: str
     date: str
@@ -40,13 +40,13 @@ class PageTruth:
     language: str
     topic: str
     hidden: bool
-    """On a site that is all mathematics and unknown to the seed."""
+    """True on a site that is all mathematics and unknown to the seed."""
     seed: bool = False
     """Among the positives of round 1."""
     copy: Copy = ""
     """Same address again, same bytes elsewhere, or nearly the same text elsewhere."""
     original: str = ""
-    """Id of the page that this is a copy of; its own where it is none."""
+    """Id of the page that this is a copy of; its own id otherwise."""
     contaminated: bool = False
     """Holds a question or an answer of the benchmark."""
     near_miss: bool = False
@@ -61,7 +61,7 @@ class PageTruth:
 
 @dataclass(frozen=True, slots=True)
 class Truth:
-    """What is known of a synthetic web."""
+    """Truth of a synthetic web."""
 
     seed: int
     pages: tuple[PageTruth, ...]
@@ -346,7 +346,7 @@ def _response(url: str, date: str, content_type: str, body: bytes, status: str =
 
 
 def _no_page(rng: Random, plan: Planned) -> bytes:
-    """What else a crawl holds: requests, errors, files that are no HTML."""
+    """Records of a crawl that are no pages: requests, errors, other types of file."""
     host, date = plan.look.host, plan.truth.date
     url = f"https://{host}/x/{plan.index}"
     kind = rng.choice(["request", "error", "file"])

@@ -1,4 +1,4 @@
-"""What the synthetic web talks about: words per topic, and the sentences that all of its pages share.
+"""Vocabulary of the synthetic web: words per topic, and the sentences that all of its pages share.
 
 A topic is a line of nouns, verbs (third person) and adjectives, apart by `|`. Many words belong to several topics on
 purpose: rings and fields, powers and roots, derivatives of a share, the proof of a whisky. No topic can be told by one
@@ -49,7 +49,7 @@ CORE = Lexicon.parse("""
     | proves solves equals satisfies implies denotes simplifies vanishes determines yields
     | positive negative real rational unique arbitrary finite infinite given equivalent
 """)
-"""What formal mathematics has in common. Physics, engineering and finance share some of it; puzzles hardly any."""
+"""Words common to formal mathematics. Physics, engineering and finance share some of them; puzzles hardly any."""
 
 MATHEMATICS = _lexicons(
     {

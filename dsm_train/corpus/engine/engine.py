@@ -2,9 +2,9 @@
 
     report = run_step("extract", shard_tasks(files, out, config.engine), Extract(config), config.engine, out)
 
-A step is a list of tasks and `work`, which does one of them and returns its counts. A task is finished when
-`00042.counts.json` stands beside its output: a run that was killed does the others when it is started again. Where
-the tasks run is executors.py's matter; what is finished, and what a folder holds, is read off the folder here.
+A step is a list of tasks and a `work` that does one of them and returns its counts. A task is finished when
+`00042.counts.json` stands beside its output: a killed run, started again, does the others. executors.py decides where
+tasks run; this file decides, from the folder alone, what is finished and what made it.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from typing import Any
 from dsm_train.corpus.config import EngineConfig
 from dsm_train.corpus.engine.executors import WorkerKilled, disk_is_full, execute
 from dsm_train.corpus.engine.page import replacing, shards
-from dsm_train.corpus.engine.progress import Progress
+from dsm_train.corpus.engine.progress import ShardProgress
 
 _MILLISECONDS = "milliseconds"
 """The counter that every task has besides its own: how long it took."""
@@ -36,7 +36,7 @@ class StepError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """One shard of a step: the files it reads and the file it writes."""
+    """Shard of a step: the files it reads and the file it writes."""
 
     index: int
     inputs: tuple[Path, ...]
@@ -44,7 +44,7 @@ class Task:
 
 
 Work = Callable[[Task], Mapping[str, int]]
-"""Does one task and returns its counts: a function of a module, or a frozen dataclass that can be called.
+"""Function that does one task and returns its counts: a function of a module, or a callable frozen dataclass.
 
 It writes `task.output` with `page.write_pages`, or inside `page.replacing`. A dataclass's fields are the configuration
 of the step: a folder made with others is not resumed. `field(compare=False)` marks one that does not decide what comes
@@ -53,8 +53,8 @@ out.
 
 
 @dataclass(frozen=True)
-class Report:
-    """What a step did; `report.json` in its folder."""
+class StepReport:
+    """Result of a step; `report.json` in its folder."""
 
     step: str
     shards: int
@@ -69,11 +69,11 @@ class Report:
 
 
 def shard_tasks(inputs: Sequence[Path], out: Path, config: EngineConfig) -> list[Task]:
-    """One task per input file; its output is `out/00042.jsonl.gz`, in the format that the configuration asks for."""
+    """Tasks of a step, one per input file; outputs are `out/00042.jsonl.gz`, in the configured format."""
     return [Task(index, (path,), out / f"{index:05d}.{config.format}") for index, path in enumerate(inputs)]
 
 
-def run_step(name: str, tasks: Sequence[Task], work: Work, config: EngineConfig, out: Path) -> Report:
+def run_step(name: str, tasks: Sequence[Task], work: Work, config: EngineConfig, out: Path) -> StepReport:
     """Run the tasks that are not finished, with progress on stderr; write and return the report.
 
     Raises StepError, in one line, for a folder that another configuration made or another process works in, when
@@ -90,19 +90,19 @@ def run_step(name: str, tasks: Sequence[Task], work: Work, config: EngineConfig,
             _run(name, tasks, pending, work, config, out)
         counts = _sum_counts(tasks, out)
         worker_seconds = counts.pop(_MILLISECONDS, 0) / 1000
-        report = Report(name, len(tasks), counts, round(time.monotonic() - started, 3), worker_seconds, key)
+        report = StepReport(name, len(tasks), counts, round(time.monotonic() - started, 3), worker_seconds, key)
         write_json(out / "report.json", asdict(report))
         return report
 
 
-def read_report(out: Path) -> Report | None:
-    """The report of a finished step, or None where it has not finished."""
+def read_report(out: Path) -> StepReport | None:
+    """Report of a finished step; None for one that has not finished."""
     path = out / "report.json"
-    return Report(**_read_json(path)) if path.exists() else None
+    return StepReport(**_read_json(path)) if path.exists() else None
 
 
 def finished_shards(folder: Path) -> list[Path]:
-    """The shards of pages in a folder. Raises StepError where there are none, or the step that writes them is not done.
+    """Shards of pages in a folder. Raises StepError if there are none or the step that writes them has not finished.
 
     A folder that no step wrote is taken as it is.
     """
@@ -117,6 +117,14 @@ def finished_shards(folder: Path) -> list[Path]:
     if not found:
         raise StepError(f"no shards of pages in {str(folder)!r}: run the step that writes them, or correct the path")
     return found
+
+
+def collected_folder(out: Path) -> Path:
+    """Folder of the pages that the last finished round collected. Raises ValueError where no round is finished."""
+    finished = [path for path in out.glob("round-*/collected") if read_report(path) is not None]
+    if not finished:
+        raise ValueError(f"no round in {str(out)!r} has collected pages: run the step rounds first")
+    return max(finished, key=lambda path: int(path.parent.name.removeprefix("round-")))
 
 
 def counts_path(out: Path, task: Task) -> Path:
@@ -164,7 +172,7 @@ def _run(
         _failure_path(out, task).unlink(missing_ok=True)
     again = "run the same command again"
     try:
-        with Progress(name, [(counts_path(out, task), _input_bytes(task)) for task in pending], len(tasks)):
+        with ShardProgress(name, [(counts_path(out, task), _input_bytes(task)) for task in pending], len(tasks)):
             execute(name, [_Once(task, work, out) for task in pending], config, out / "logs")
     except WorkerKilled as error:
         raise StepError(
@@ -225,9 +233,9 @@ def _alone(name: str, out: Path) -> Iterator[None]:
 
 
 def claim(name: str, tasks: Sequence[Task], work: Work, out: Path) -> str:
-    """Say in the folder which configuration makes it, and return the key of that.
+    """Record in the folder the configuration that makes it, and return its hash.
 
-    Raises StepError where another one did.
+    Raises StepError when the folder was made with another one.
     """
     settings, path = _settings(name, tasks, work), out / _CLAIM
     if not path.exists():
@@ -236,16 +244,19 @@ def claim(name: str, tasks: Sequence[Task], work: Work, out: Path) -> str:
     made = _read_json(path)
     other = [setting for setting in sorted({*made, *settings}) if made.get(setting) != settings.get(setting)]
     if other:
-        what = f"{other[0]} was {made.get(other[0])!r:.100} and is {settings.get(other[0])!r:.100}"
+        first, made_with = (
+            ("work", "by another version of dsm-train") if "work" in other else (other[0], "with another configuration")
+        )
+        change = f"{first} was {made.get(first)!r:.100} and is {settings.get(first)!r:.100}"
         raise StepError(
-            f"{name}: {str(out)!r} was made with another configuration ({what}): choose another run.out, or delete "
+            f"{name}: {str(out)!r} was made {made_with} ({change}): choose another run.out, or delete "
             "that folder to do the step anew"
         )
     return _key(settings)
 
 
 def _settings(name: str, tasks: Sequence[Task], work: Work) -> dict[str, Any]:
-    """All that decides the output of a step, under dotted names."""
+    """Everything that decides the output of a step, under dotted names."""
     inputs = [path for task in tasks for path in task.inputs]
     names = hashlib.blake2b("\n".join(map(str, inputs)).encode(), digest_size=8).hexdigest()
     settings = {"step": name, "shards": len(tasks), "inputs": names, "work": _name_of(work)}
@@ -260,8 +271,8 @@ def _settings(name: str, tasks: Sequence[Task], work: Work) -> dict[str, Any]:
 
 
 def _name_of(work: Work) -> str:
-    kind = type(work) if is_dataclass(work) else work
-    return f"{kind.__module__}.{kind.__qualname__}"
+    """Name of the work without its module, so that moving a file does not orphan what was made."""
+    return (type(work) if is_dataclass(work) else work).__qualname__
 
 
 def _flat(values: Mapping[str, Any], prefix: str) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Where shards are worked on: datatrove's executors for this machine, Slurm and Ray, made to notice what goes wrong."""
+"""Executors of shards: datatrove's for this machine, Slurm and Ray, made to notice killed workers and full disks."""
 
 from __future__ import annotations
 
@@ -34,9 +34,9 @@ _PRELOADED = [
     "fasttext",
     "pyarrow.parquet",
 ]
-"""Modules that workers need and that take their time to import."""
-_HOPELESS = 16
-"""Shards that fail, and none that succeeds, after which the others are not tried."""
+"""Slow imports that workers need, done once by the process they are forked from."""
+_FAILURES_AT_START = 16
+"""After so many failed shards without a finished one, the remaining shards are not tried."""
 _SLURM_SECONDS = 10.0
 """Time between two questions to Slurm whether the job is still there."""
 
@@ -46,7 +46,7 @@ class WorkerKilled(Exception):
 
 
 def disk_is_full(error: OSError) -> bool:
-    """Whether an error says that nothing more can be written: disk full, quota, limit of file size."""
+    """True for an error that says that nothing more can be written: disk full, quota, limit of file size."""
     return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -60,7 +60,7 @@ def execute(name: str, jobs: Sequence[Job], config: EngineConfig, logs: Path) ->
 
     A job that raises is not reported here, and does not stop the others, unless the first ones all raise. Raises
     OSError at once when a local worker finds the disk full, WorkerKilled when one is killed, and ValueError when Slurm
-    or Ray is asked for and is not there.
+    or Ray is configured and missing.
     """
     step = _Jobs(dict(enumerate(jobs)))
     if config.executor == "slurm":
@@ -73,7 +73,7 @@ def execute(name: str, jobs: Sequence[Job], config: EngineConfig, logs: Path) ->
 
 
 class _Jobs(PipelineStep):
-    """datatrove's view of a step: the job of rank r is to call `jobs[r]`."""
+    """Step as datatrove sees it: the job of rank r is to call `jobs[r]`."""
 
     type, name = "corpus", "shard"
 
@@ -87,8 +87,10 @@ class _Jobs(PipelineStep):
 
 
 class _Local(LocalPipelineExecutor):
-    """datatrove's local executor waits for ever for a worker that was killed, and leaves workers behind when it is
-    killed itself. This one runs the same ranks in a pool that does neither."""
+    """Local executor on a pool of processes.
+
+    datatrove's own waits for ever for a worker that was killed, and leaves workers behind when it is killed itself.
+    """
 
     def run(self) -> None:
         context = multiprocessing.get_context("forkserver")
@@ -105,7 +107,7 @@ class _Local(LocalPipelineExecutor):
                 for future in concurrent.futures.as_completed(ranks):
                     error = future.exception()
                     failed, succeeded = failed + bool(error), succeeded or not error
-                    if failed == _HOPELESS and not succeeded:
+                    if failed == _FAILURES_AT_START and not succeeded:
                         pool.shutdown(wait=False, cancel_futures=True)
                         break
                     if isinstance(error, BrokenProcessPool):
@@ -129,7 +131,7 @@ class _Local(LocalPipelineExecutor):
 
 
 def _prepare_worker(ends: Connection) -> None:
-    """Let the worker end when the process that started it stops it, or is gone, however it went."""
+    """End the worker when its parent stops it or is gone."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process; the first one decides
 
     def watch() -> None:
@@ -141,7 +143,7 @@ def _prepare_worker(ends: Connection) -> None:
 
 
 class _Slurm(SlurmPipelineExecutor):
-    """datatrove's Slurm executor, which also waits for its job, so that steps follow each other as on one machine.
+    """Slurm executor that waits for its job, so that steps follow each other as on one machine.
 
     The job outlives the process that waits for it: a run started again waits for the job that is there.
     """
@@ -190,7 +192,7 @@ def _slurm(name: str, step: _Jobs, config: EngineConfig, logs: Path) -> _Slurm:
 
 
 def _in_queue(job: str) -> bool:
-    """Whether Slurm still has the job; a question that fails for another reason counts as yes."""
+    """True while Slurm has the job; a query that fails for another reason counts as yes."""
     answer = subprocess.run(["squeue", "--noheader", f"--jobs={job}"], capture_output=True, text=True)
     if answer.returncode:
         return "Invalid job id" not in answer.stderr

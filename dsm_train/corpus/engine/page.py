@@ -1,4 +1,4 @@
-"""A web page with its text, and shards of pages on disk.
+"""Web page with its text, and shards of pages on disk.
 
 A shard is JSON Lines (`.jsonl`, `.jsonl.gz`, `.jsonl.zst`) or Parquet (`.parquet`), by its suffix. It is written under
 another name and renamed when complete, so a shard that exists is whole.
@@ -25,7 +25,7 @@ _ROWS, _CHARS = 512, 1 << 24
 
 @dataclass(frozen=True, slots=True)
 class Page:
-    """A page of the web: where and when it was found, and its text with mathematics as LaTeX in `$..$`."""
+    """Page of the web: address, time of capture, and text with mathematics as LaTeX in `$..$`."""
 
     id: str
     """`page_id(url, date)`: the same page of the same crawl has the same id in every run."""
@@ -34,7 +34,7 @@ class Page:
     text: str
     """Main text."""
     language: str
-    """ISO 639-1 code ("en", "zh"), or "" where it is not known."""
+    """ISO 639-1 code ("en", "zh"), or "" if it is not known."""
     date: str
     """Time of capture, ISO 8601 in UTC."""
     tokens: int = 0
@@ -49,7 +49,7 @@ def page_id(url: str, date: str) -> str:
 
 
 def id_number(page: Page) -> int:
-    """The id of a page as a number of 64 bits: the one that its hexadecimal digits say, or a hash of another name."""
+    """Id of a page as a 64-bit number: its hexadecimal digits, or a hash of a name that is not hexadecimal."""
     try:
         return int(page.id, 16) % 2**64
     except ValueError:
@@ -57,7 +57,7 @@ def id_number(page: Page) -> int:
 
 
 def shards(folder: str | Path) -> list[Path]:
-    """The shards in a folder, in the order of their numbers. Raises ValueError where there is no such folder."""
+    """Shards in a folder, in the order of their numbers. Raises ValueError if there is no such folder."""
     folder = Path(folder)
     if not folder.is_dir():
         raise ValueError(f"no folder of pages at {str(folder)!r}: run the step that writes it, or correct the path")
@@ -127,7 +127,7 @@ def page_batches(pages: Iterable[Page], most: int, chars: int) -> Iterator[list[
 def replacing(path: Path) -> Iterator[Path]:
     """Give a temporary path beside `path`, renamed to it when the block ends, and deleted when it fails.
 
-    What a killed process leaves there is written over when the same is done again.
+    A file that a killed process left there is overwritten by the next attempt.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.tmp")
@@ -174,16 +174,16 @@ def _compressed(path: Path, file: IO[bytes]) -> contextlib.AbstractContextManage
 
 
 def _decompressed(path: Path, file: IO[bytes]) -> Iterable[bytes]:
-    """The lines of a shard. Raises EOFError where it was cut short."""
+    """Lines of a shard. Raises EOFError if it was cut short."""
     if path.name.endswith(".jsonl"):
         return file
-    if path.stat().st_size == 0:  # of no pages, there would still be a header
+    if path.stat().st_size == 0:  # a shard of no pages has a header
         raise EOFError("the file is empty")
     return gzip.GzipFile(fileobj=file) if path.name.endswith(".gz") else _lines(_zst_blocks(file))
 
 
 def _zst_blocks(file: IO[bytes]) -> Iterator[bytes]:
-    """What zstandard's own reader gives, which takes a file that was cut short for a whole one."""
+    """Decompressed blocks. zstandard's own reader takes a truncated file for a whole one; this raises EOFError."""
     import zstandard
 
     frame = None

@@ -1,4 +1,4 @@
-"""One line on stderr that says how far a step is and how long it still takes."""
+"""Progress of a step and the time left, as one line on stderr."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ _QUIET = 1.0
 """A step that takes less than this many seconds says nothing."""
 
 
-class Progress:
-    """Watches for the files that finished shards leave behind, while the block runs.
+class ShardProgress:
+    """Progress line that watches, while the block runs, for the files that finished shards leave behind.
 
     The shards may be worked on anywhere: the file system is what all machines of a cluster share. Time left goes by the
     bytes of the inputs.
@@ -32,7 +32,7 @@ class Progress:
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
 
-    def __enter__(self) -> Progress:
+    def __enter__(self) -> ShardProgress:
         self._started = time.monotonic()
         if self._before:
             print(f"{self._name}: {self._before} of {self._shards} shards were finished before", file=sys.stderr)
@@ -52,7 +52,7 @@ class Progress:
         while not self._over.wait(seconds):
             started = time.monotonic()
             self._show(end="" if self._terminal else "\n")
-            # To look for a hundred thousand files takes its time; no more than a twentieth of it.
+            # Looking for a hundred thousand files is slow: spend no more than a twentieth of the time on it.
             seconds = max(every, 20 * (time.monotonic() - started))
 
     def _show(self, end: str) -> None:
@@ -70,7 +70,7 @@ class Progress:
 
 
 def progress_line(name: str, done: int, shards: int, seconds: float, size: int, left: int) -> str:
-    """`done` of `shards` are finished; of `size` bytes, `left` are still to do after `seconds`."""
+    """Line for `done` of `shards` finished, with `left` of `size` bytes still to do after `seconds`."""
     line = f"{name}: {done} of {shards} shards, {duration(seconds)}"
     if not left:
         return line

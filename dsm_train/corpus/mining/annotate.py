@@ -1,4 +1,4 @@
-"""Which URL prefixes are mathematics: a person's annotations, or rules (DeepSeekMath, section 2.1).
+"""Decisions on which URL prefixes are mathematics: a person's annotations, or rules (DeepSeekMath, section 2.1).
 
 An annotation file is YAML that a person edits, or that the page beside it (annotate_page.py) exports:
 
@@ -32,7 +32,6 @@ from typing import Any
 
 import yaml
 
-from dsm_train.corpus.config import CorpusConfig
 from dsm_train.corpus.engine.page import replacing
 from dsm_train.corpus.mining.domains import Count, base_url, url_prefixes
 
@@ -47,10 +46,10 @@ class Annotations:
     math: tuple[str, ...] = ()
     not_math: tuple[str, ...] = ()
     done: bool = True
-    """Whether the person who edits the file is done with it."""
+    """True once the person who edits the file is done with it."""
 
     def is_math(self, url: str) -> bool:
-        """Whether the longest annotated prefix of a URL is mathematics."""
+        """True if the longest annotated prefix of the URL is mathematics."""
         known, found = self.decisions, False
         for prefix in url_prefixes(url):
             found = known.get(prefix, found)
@@ -77,21 +76,21 @@ class Annotations:
 
 @dataclass(frozen=True)
 class Rule:
-    """Decides the prefixes that it matches."""
+    """Rule that decides the prefixes it matches."""
 
     prefix: str
     """Pattern of the whole prefix, as of file names: * is any text, slashes included."""
     math: bool = True
-    """What it decides."""
+    """Decision for the prefixes it matches."""
     min_share: float = 0.0
-    """It matches when at least this share of the pages was collected,"""
+    """Least share of the pages that was collected."""
     max_share: float = 1.0
-    """and at most this share,"""
+    """Largest share of the pages that was collected."""
     min_pages: int = 1
-    """of at least so many pages."""
+    """Least number of pages under the prefix."""
 
     def matches(self, count: Count) -> bool:
-        """Whether the rule decides this prefix."""
+        """True if the rule decides this prefix."""
         return (
             self.min_share <= count.share <= self.max_share
             and count.pages >= self.min_pages
@@ -118,7 +117,7 @@ def apply_rules(rules: Sequence[Rule], prefixes: Iterable[Count], base: Annotati
 
 
 def from_decisions(decided: Mapping[str, bool]) -> Annotations:
-    """Annotations without the prefixes that say what the one above them says already."""
+    """Annotations from decisions, without prefixes that repeat the decision of the one above them."""
     math, not_math = [], []
     for prefix in sorted(decided):
         steps = prefix.split("/")
@@ -145,14 +144,6 @@ def write_annotations(
     lines += ["not_math:", *(f"- {_scalar(prefix)}" for prefix in annotations.not_math)]
     with replacing(path) as temporary:
         temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
-
-
-def run(config: CorpusConfig) -> None:
-    """The step of the command line: the annotation page and file of the last finished round."""
-    from dsm_train.corpus.mining.rounds import annotate_last_round
-
-    folder = annotate_last_round(config)
-    print(f"open {folder / 'annotate.html'} in a browser, or edit {folder / 'annotations.yaml'}", flush=True)
 
 
 def _suggestion(count: Count) -> str:

@@ -1,6 +1,6 @@
-"""A page to annotate domains in a browser: one HTML file that needs no network and exports the annotation file.
+"""Page to annotate domains in a browser: one HTML file that needs no network and exports the annotation file.
 
-Texts of the web are in it, so they are only ever set as text, never as HTML, and the page allows itself no request.
+It shows text from the web, which is only ever set as text, never as HTML; a policy forbids the page every request.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from dsm_train.corpus.mining.domains import Count
 
 @dataclass(frozen=True)
 class Sample:
-    """A page of a domain, to judge it by."""
+    """Sample page of a domain, to judge it by."""
 
     url: str
     text: str
@@ -27,7 +27,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class Domain:
-    """What a person sees of a domain."""
+    """Domain as a person sees it: counts and sample pages."""
 
     counts: tuple[Count, ...]
     """The domain, and below it its prefixes, in alphabetical order."""

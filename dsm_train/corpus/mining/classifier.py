@@ -1,7 +1,7 @@
-"""The fastText classifier of mathematical pages: trained on positives and random pages, folded, used to rank.
+"""fastText classifier of mathematical pages: trained on positives and random pages, folded, used to rank.
 
-DeepSeekMath, section 2.1; that the features are best the model's own BPE tokens, since Chinese has no spaces, is from
-DeepSeek-Coder-V2, section 2. This is the only file that imports fastText.
+Source: DeepSeekMath, section 2.1. Features are the model's own BPE tokens, since Chinese has no spaces
+(DeepSeek-Coder-V2, section 2). This is the only file that imports fastText.
 
 fastText scores a page by logits = W mean_f(input_f), f running over its words and their n-grams. With two labels all
 that ranks pages is (W_math - W_other) mean_f(input_f) = mean_f(w_f) with w_f = (W_math - W_other) input_f: one number
@@ -33,7 +33,7 @@ from dsm_train.data.tokenizer import Tokenizer, load_tokenizer
 
 _MATH, _OTHER = "__label__math", "__label__other"
 _OUTPUT = np.array([0.5, -0.5], np.float32)
-"""What a folded model multiplies the mean of its weights by, per label; or the opposite."""
+"""Output matrix of a folded model, one factor per label; its sign is that of the first label."""
 _WORD = re.compile(r"[\u3400-\u9fff\uf900-\ufaff]|[^\W_\u3400-\u9fff\uf900-\ufaff]+|[^\w\s]|_")
 """A word; a Chinese character; a mark. No underscore in a word: none can then be read as one of fastText's labels."""
 _PIECE_END = re.compile(r"(?<=\S)(?= \S)|(?<=\n)(?=\S)")
@@ -55,7 +55,7 @@ class Features:
     """Cuts a text into the features that the classifier sees: BPE tokens, or lower-case words."""
 
     def __init__(self, config: ClassifierConfig, tokenizer: TokenizerConfig) -> None:
-        """Raises ValueError where BPE features have no tokenizer."""
+        """Raises ValueError if the features are BPE tokens and there is no tokenizer."""
         require(
             config.features == "words" or tokenizer.path is not None,
             "tokenizer.path",
@@ -63,30 +63,30 @@ class Features:
             tokenizer.path,
         )
         self._are_words = config.features == "words"
-        # Where features are words, the tokenizer still counts tokens for the budget.
+        # With words as features, the tokenizer still counts tokens for the budget.
         self._tokens = tokenizer.path and _Tokens(
             load_tokenizer(tokenizer.path, eos_token=tokenizer.eos_token).all_text()
         )
 
     def line(self, text: str) -> str:
-        """The features of a text as fastText reads them: separated by spaces, on one line."""
+        """Features of a text as fastText reads them: separated by spaces, on one line."""
         if self._are_words:
             return " ".join(_WORD.findall(text.lower()))
         assert self._tokens
         return self._tokens.line(text)
 
     def tokens(self, text: str, line: str) -> int:
-        """Tokens of a text whose features are `line`: the tokenizer's; words where there is no tokenizer."""
+        """Tokens of a text whose features are `line`: the tokenizer's; words if there is none."""
         if self._are_words and self._tokens:
             line = self._tokens.line(text)
         return line.count(" ") + 1 if line else 0
 
 
 class _Tokens:
-    """The ids of a text's tokens, as words of digits.
+    """Ids of a text's tokens, as words of digits, with a cache.
 
-    A text is a few thousand different words over and over, and a tokenizer takes milliseconds for a page. So pieces
-    that end where tokens do are encoded once each: 5 times as fast.
+    Texts repeat a few thousand words, and a tokenizer takes milliseconds for a page. Pieces that end where tokens end
+    are encoded once each: 5 times as fast.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
@@ -110,7 +110,7 @@ class _Tokens:
 
 @dataclass(frozen=True)
 class Quality:
-    """How well a model ranks pages it was not trained on."""
+    """Quality of a model on held-out pages."""
 
     auc: float
     """Share of pairs, a held-out positive and a held-out negative, in which the positive scores higher."""
@@ -156,7 +156,7 @@ def train(
     seed: int,
     tokenizer: TokenizerConfig | None = None,
 ) -> Quality:
-    """Train on texts, write the folded model to `path`, and return how it ranks every tenth text, which it never saw.
+    """Train on texts, write the folded model to `path`, and return its quality on a held-out tenth of the texts.
 
     The texts are streamed to disk beside `path` and shuffled there with `seed`. One thread (the default) gives the same
     model for the same texts, configuration and seed. Raises ValueError with the setting to change when there are too
@@ -263,9 +263,9 @@ def _fit(file: Path, config: ClassifierConfig, seed: int) -> Any:
 
 
 def _is_whole(model: Path) -> bool:
-    """Whether a file ends as a folded model does, in its output matrix.
+    """True if a file ends as a folded model does, in its output matrix.
 
-    Asked before fastText loads it, which takes what is cut short for a model, or takes all memory to read it.
+    Checked before fastText loads it: fastText accepts a truncated file, or takes all memory to read it.
     """
     with open(model, "rb") as file:
         file.seek(max(0, os.fstat(file.fileno()).st_size - _OUTPUT.nbytes))

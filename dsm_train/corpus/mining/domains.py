@@ -1,12 +1,12 @@
-"""Base URLs and their path prefixes: how many of the pages of each were collected (DeepSeekMath, section 2.1).
+"""Counts of pages and collected pages per base URL and per path prefix (DeepSeekMath, section 2.1).
 
-A domain is all pages that share a base URL. One of which more than a tenth was collected is mathematical, and the rest
+A domain is all pages that share a base URL. It is mathematical when more than a tenth of them was collected; the rest
 of its pages may be mathematics that the classifier missed.
 
-Counts are made as a shuffle makes them. Every shard of pages gives a table of its keys (domains, or prefixes of URLs),
-dealt into parts by a hash of the domain, a row group of the file for each; then each part is summed over all files. So
-the memory of a worker is that of the keys of one part, and there are as many parts as the pages ask for. A database
-would be one writer and random access to more domains than fit in memory.
+Counting is a shuffle (map, partition, reduce). Every shard of pages gives a table of its keys (domains, or prefixes of
+URLs), partitioned by a hash of the domain into row groups of one file; then each part is summed over all files. A
+worker holds the keys of one part, and the number of parts grows with the pages. A database would mean one writer and
+random access to more domains than fit in memory.
 """
 
 from __future__ import annotations
@@ -30,16 +30,16 @@ if TYPE_CHECKING:
 _PAGES_PER_PART = 20_000_000
 _MOST_PARTS = 256
 _ROWS = 1 << 22
-"""Rows summed at once while a part is merged."""
+"""Rows summed at once while merging a part."""
 _COLUMNS = ("prefix", "pages", "collected")
 _DEPTH = 3
-"""Folders of a path that are counted."""
+"""Depth of path, in folders, down to which prefixes are counted."""
 _SCHEME = re.compile(r"[a-zA-Z][a-zA-Z0-9+.-]*://|//")
 _PORT = re.compile(r":\d*$")
 
 
 def base_url(url: str) -> str:
-    """The host of a URL: without scheme, user, port, "www." and final dot, in lower case; "" where there is none.
+    """Host of a URL: without scheme, user, port, "www." and final dot, in lower case; "" if there is none.
 
     >>> base_url("https://www.MathOverflow.net:443/questions/1")
     'mathoverflow.net'
@@ -51,7 +51,7 @@ def base_url(url: str) -> str:
 
 
 def url_prefixes(url: str) -> Iterator[str]:
-    """The prefixes that a URL may be annotated by, shortest first: its base URL, then that with each step of its path.
+    """Prefixes that a URL may be annotated by, shortest first: its base URL, then with each step of its path.
 
     The query is left out, and a final "/" does not count.
 
@@ -90,7 +90,7 @@ class Count:
 
     @property
     def missing(self) -> int:
-        """Pages that were not collected: what an annotation would bring."""
+        """Pages that were not collected: the gain of an annotation."""
         return self.pages - self.collected
 
 
@@ -135,7 +135,7 @@ class CountPrefixes:
     domains: Path
     """The domains, as `write_counts` wrote them."""
     share: float
-    """What they were chosen by, as is `min_pages`: other domains have other prefixes."""
+    """Threshold that chose the domains, like `min_pages`: part of what identifies this step's output."""
     min_pages: int
 
     def __call__(self, task: Task) -> Mapping[str, int]:

@@ -1,4 +1,4 @@
-"""After a round: what a person or the rules annotate, and the files that ask for it."""
+"""Annotation after a round: by a person or by rules, and the files that ask a person for it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from dsm_train.corpus.mining.domains import Count, collected_rows
 from dsm_train.corpus.mining.select import Cut
 
 _SAMPLED_SHARDS = 64
-"""Samples are looked for in the first shards, until every domain has enough."""
+"""Number of leading shards in which samples are sought, until every domain has enough."""
 _SNIPPET = 400
 """Characters of a sample."""
 

@@ -1,4 +1,4 @@
-"""The work of a round on one shard, or on all: examples, training, scores, the cut, the collection."""
+"""Work of a round's steps, on one shard or on all: examples, training, scores, cut, collection."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ class Train:
     tokenizer: TokenizerConfig
     seed: int
     seeds: int
-    """How many of the inputs are seeds."""
+    """Number of the inputs that are seeds; they come first."""
     most_positives: int
     most_negatives: int
 
@@ -128,7 +128,7 @@ class Score:
 
 @functools.lru_cache(1)
 def _scorer(model: Path, changed: int, config: ClassifierConfig, tokenizer: TokenizerConfig) -> Scorer:
-    """Kept from one shard to the next of a worker: it remembers how texts are cut, which is most of the work."""
+    """Scorer, kept by a worker from shard to shard: its cache of cut texts saves most of the work."""
     return Scorer.load(model, config, tokenizer)
 
 
@@ -179,17 +179,17 @@ class Collect:
 
 
 def sampled(page_id: str, seed: int, share: float) -> bool:
-    """Whether a page is in a random sample of this share of all pages: by its id, so the same in any order."""
+    """True if a page is in the random sample of this share of all pages: decided by its id, hence in any order."""
     return xxhash.xxh3_64_intdigest(f"{seed}/{page_id}".encode()) < share * 2.0**64
 
 
 def _address(page: Page) -> str:
-    """What a page is known by when it was captured twice: seeds come from other crawls."""
+    """Key of a page that was captured twice, since seeds come from other crawls."""
     return normalise_url(page.url) or page.id
 
 
 def quality_path(model: Path) -> Path:
-    """Where the quality of a model stands."""
+    """Path of the file with a model's quality."""
     return model.with_name("quality.json")
 
 
@@ -199,7 +199,7 @@ def read_quality(model: Path) -> Quality:
 
 
 def _collected(scores: Path | None, where: Cut | None) -> Iterator[bool]:
-    """Whether each page of a shard was collected; without scores, none ever was."""
+    """True for each page of a shard that was collected; without scores, none was."""
     if scores is None or where is None:
         return itertools.repeat(False)
     return (bool(flag) for id_N, _, score_N in read_scores(scores) for flag in where.collects(id_N, score_N))

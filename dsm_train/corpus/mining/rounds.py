@@ -15,7 +15,16 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from dsm_train.corpus.config import CorpusConfig
-from dsm_train.corpus.engine.engine import Report, Task, Work, claim, finished_shards, read_report, run_step, write_json
+from dsm_train.corpus.engine.engine import (
+    StepReport,
+    Task,
+    Work,
+    claim,
+    collected_folder,
+    finished_shards,
+    run_step,
+    write_json,
+)
 from dsm_train.corpus.engine.page import SUFFIXES, replacing, shards
 from dsm_train.corpus.mining.annotate import Annotations
 from dsm_train.corpus.mining.classifier import Features
@@ -35,7 +44,7 @@ from dsm_train.corpus.mining.round_steps import Collect, Examples, FindCut, Scor
 from dsm_train.corpus.mining.select import Cut
 
 _FEW_PAGES = 20_000_000
-"""Up to so many pages, to join what all shards found takes seconds."""
+"""Number of pages up to which joining the findings of all shards takes seconds, so that no worker is started."""
 
 
 class AnnotationNeeded(ValueError):
@@ -52,15 +61,15 @@ class RoundResult:
     negatives: int
     """Pages trained on as others."""
     auc: float
-    """How well the classifier ranks pages that it was not trained on."""
+    """AUC of the classifier on held-out pages."""
     pages: int
     """Pages collected."""
     tokens: int
-    """Their tokens."""
+    """Tokens of the collected pages."""
     domains: int
     """Mathematical domains."""
     new_domains: int
-    """Those that no round before had."""
+    """Domains that no earlier round had."""
     overlap: float | None
     """Share of the collected pages that the round before collected too; none in round 1."""
     waits_for: Path | None = None
@@ -70,8 +79,8 @@ class RoundResult:
 def run_rounds(config: CorpusConfig, pages: Sequence[Path], out: Path) -> list[RoundResult]:
     """Run rounds over shards of pages until two collect the same pages, or to the last, or until a person is needed.
 
-    Everything that was finished before is taken as it is. Writes rounds.json and rounds.md to `out`. Raises ValueError
-    for settings that cannot work, before anything is read, and what the engine raises.
+    Finished steps are kept. Writes rounds.json and rounds.md to `out`. Raises ValueError for settings that cannot
+    work, before anything is read, and whatever the engine raises.
     """
     seeds = seed_shards(config.rounds.seeds)
     Features(config.classifier, config.tokenizer)
@@ -94,7 +103,7 @@ def run_rounds(config: CorpusConfig, pages: Sequence[Path], out: Path) -> list[R
 
 
 def run(config: CorpusConfig) -> None:
-    """The step of the command line: rounds over the pages in OUT/dedup; prints the table.
+    """Run the step `rounds`: rounds over the pages in OUT/dedup; prints the table.
 
     Raises AnnotationNeeded, which says what to do, when the next round waits for a person.
     """
@@ -109,14 +118,14 @@ def run(config: CorpusConfig) -> None:
         )
 
 
-def classify(config: CorpusConfig) -> Report:
-    """The step of the command line that stops after the scores of round 1."""
+def classify(config: CorpusConfig) -> StepReport:
+    """Run the step `classify`: round 1 up to its scores."""
     pages, seeds = finished_shards(config.run.out / "dedup"), seed_shards(config.rounds.seeds)
     return _score(_begin(config, pages, seeds, config.run.out), 1, None)
 
 
-def annotate_last_round(config: CorpusConfig) -> Path:
-    """Write the annotation page and file of the last finished round, unless they are there; the folder they are in."""
+def annotate_step(config: CorpusConfig) -> None:
+    """Run the step `annotate`: write the annotation page and file of the last finished round unless they are there."""
     out = config.run.out
     folder = collected_folder(out).parent
     number = int(folder.name.removeprefix("round-"))
@@ -125,15 +134,7 @@ def annotate_last_round(config: CorpusConfig) -> Path:
     base = Annotations.load(before) if before.exists() else Annotations()
     domains = list(read_counts([folder / "domains.parquet"]))
     _annotate(corpus, number, read_cut(folder / "cut" / "cut.json"), domains, base)
-    return folder
-
-
-def collected_folder(out: Path) -> Path:
-    """The pages that the last finished round collected. Raises ValueError where no round is finished."""
-    finished = [path for path in out.glob("round-*/collected") if read_report(path) is not None]
-    if not finished:
-        raise ValueError(f"no round in {str(out)!r} has collected pages: run the step rounds first")
-    return max(finished, key=lambda path: int(path.parent.name.removeprefix("round-")))
+    print(f"open {folder / 'annotate.html'} in a browser, or edit {folder / 'annotations.yaml'}", flush=True)
 
 
 def seed_shards(seeds: Iterable[str]) -> tuple[Path, ...]:
@@ -169,7 +170,7 @@ def table(results: Sequence[RoundResult]) -> str:
 
 @dataclass(frozen=True)
 class _Corpus:
-    """What all rounds share."""
+    """Pages, seeds, folders and configuration that all rounds share."""
 
     config: CorpusConfig
     pages: tuple[Path, ...]
@@ -183,13 +184,13 @@ class _Corpus:
 
     def step(
         self, name: str, work: Work, inputs: Sequence[tuple[Path, ...]], out: Path, suffix: str | None = None
-    ) -> Report:
+    ) -> StepReport:
         """Run a step with a task for each of `inputs`, into files 00000, 00001, ... with this suffix."""
         tasks = [Task(i, paths, self.output(out, i, suffix)) for i, paths in enumerate(inputs)]
         return run_step(name, tasks, work, self.config.engine, out)
 
     def join(self, name: str, work: Work, tasks: Sequence[Task], out: Path) -> None:
-        """Do tasks that join what all shards found: in workers, or here when that takes less time than to start one."""
+        """Join the findings of all shards: in workers, or here when that takes less time than to start one."""
         if self.total > _FEW_PAGES:
             run_step(name, tasks, work, self.config.engine, out)
         else:
@@ -224,7 +225,7 @@ def _begin(config: CorpusConfig, pages: Sequence[Path], seeds: tuple[Path, ...],
 
 @dataclass(frozen=True)
 class _Before:
-    """What a round needs of the one before."""
+    """Results of the previous round that the next one needs."""
 
     number: int
     cut: Cut
@@ -232,7 +233,7 @@ class _Before:
 
 
 def _run_round(corpus: _Corpus, number: int, before: _Before | None) -> tuple[RoundResult, _Before | None, set[str]]:
-    """One round: its row of the table, what the next one needs (None: a person first), its mathematical domains."""
+    """Run a round: its row of the table, the state for the next one (None: waits for a person), its domains."""
     config, folder, name = corpus.config, corpus.folder(number), f"round {number}"
     tokens = _score(corpus, number, before).counts["tokens"]
     scores = corpus.scores(number)
@@ -259,8 +260,8 @@ def _run_round(corpus: _Corpus, number: int, before: _Before | None) -> tuple[Ro
     return result, annotations and _Before(number, cut, annotations), names
 
 
-def _score(corpus: _Corpus, number: int, before: _Before | None) -> Report:
-    """Examples, training and scores of a round."""
+def _score(corpus: _Corpus, number: int, before: _Before | None) -> StepReport:
+    """Run the examples, training and scores of a round."""
     config, folder, name = corpus.config, corpus.folder(number), f"round {number}"
     limits = config.rounds.positives, config.rounds.negatives
     share = min(1.0, config.rounds.negatives / corpus.total)

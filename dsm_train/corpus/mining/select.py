@@ -1,10 +1,9 @@
-"""Which pages a round collects: the best ones, as many as fit a budget of tokens (DeepSeekMath, section 2.1).
+"""Selection of the pages that a round collects: the best ones within a budget of tokens (DeepSeekMath, section 2.1).
 
 A shard of scores is a Parquet file with a row for each page of a shard of pages, in its order: id, tokens, score.
-Pages are ranked by score, highest first, and by id where scores tie. Where the budget ends is found as a radix
-selection finds a quantile: each pass over the scores narrows the place by 16 bits with a histogram of tokens, until so
-few pages are left that they can be sorted. A pass holds a batch of rows and 65536 counts, whatever the number of
-pages; four passes are usual.
+Pages are ranked by score, highest first, ties by id. The cut is found by radix selection: each pass over the scores
+narrows it by 16 bits with a histogram of tokens, until few enough pages are left to sort. A pass holds a batch of rows
+and 65536 counts, whatever the number of pages; four passes are usual.
 """
 
 from __future__ import annotations
@@ -37,7 +36,7 @@ Keys = Callable[[], Iterator[tuple[np.ndarray, np.ndarray]]]
 
 @dataclass(frozen=True, slots=True)
 class ScoreRow:
-    """A page as it is ranked."""
+    """Row of a shard of scores."""
 
     id: int
     """The page's id (`page.id_number`)."""
@@ -54,14 +53,14 @@ class Cut:
     score: float
     """Pages with a higher score are collected, those with a lower one are not."""
     id: int
-    """Of the pages with this very score, those with a lower id are collected."""
+    """Pages with this very score are collected when their id is lower."""
     pages: int
     """Pages collected."""
     tokens: int
     """Tokens collected, at most the budget."""
 
     def collects(self, id_N: np.ndarray, score_N: np.ndarray) -> np.ndarray:
-        """Which of N pages are collected; bool [N]."""
+        """Mask of the collected pages among N; bool [N]."""
         return (score_N > self.score) | ((score_N == self.score) & (id_N < self.id))
 
 
@@ -104,7 +103,7 @@ def read_columns(path: Path, names: Sequence[str]) -> Iterator[pa.RecordBatch]:
 
 
 def cut(scores: Sequence[Path], budget_tokens: int) -> Cut:
-    """Where the ranking of all pages reaches the budget: the first page that would pass it ends the collection.
+    """Cut where the ranking of all pages reaches the budget: the first page that would exceed it ends the collection.
 
     A budget that holds all pages collects every page with a finite score. Raises ValueError when no page has a score,
     or tokens, and when not even the best page fits.

@@ -1,4 +1,4 @@
-"""What on a page is not its text: navigation, advertisements, dialogs, hidden elements, rows and lists of links."""
+"""Boilerplate of a page: navigation, advertisements, dialogs, hidden elements, rows and lists of links."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ OUTSIDE = frozenset({"nav", "aside", "footer", "dialog"})
 
 @lru_cache(1 << 15)
 def is_boilerplate(name: str, attributes: str | None) -> bool:
-    """Whether a tag opens an element that is no part of the text, or hidden."""
+    """True if a tag opens an element that is hidden or no part of the text."""
     if name in OUTSIDE or not attributes:
         return name in OUTSIDE
     if _HIDDEN.search(attributes):

@@ -61,7 +61,7 @@ _NO_CONTROL = dict.fromkeys([*range(9), 11, 12, *range(14, 32), 127])
 
 
 def printable(text: str) -> str:
-    """Text without control characters; "" where one in ten is one, or did not decode: not a text, but data."""
+    """Text without control characters; "" if one in ten is one, or did not decode: that is data, not text."""
     clean = text.translate(_NO_CONTROL) if text.isascii() else _CONTROL.sub("", text)  # the same, and faster
     return clean if 10 * (len(text) - len(clean) + text.count("\ufffd")) < len(text) else ""
 
@@ -77,7 +77,7 @@ _CYRILLIC = {"uk": re.compile("[іїєґ]"), "ru": re.compile("[ыэ]"), "bg": r
 
 
 def detect_language(text: str, declared: str = "") -> str:
-    """ISO 639-1 code of the language of a text, formulas aside; "" where it does not show.
+    """ISO 639-1 code of the language of a text, formulas aside; "" if it cannot be told.
 
     Chinese, Japanese and Korean are known by their characters. For the others letter statistics decide, and what the
     page declares where they are close.

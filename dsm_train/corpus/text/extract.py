@@ -24,7 +24,7 @@ from fastwarc.warc import ArchiveIterator, WarcRecord, WarcRecordType
 from resiliparse.parse.http import iterate_http_chunks
 
 from dsm_train.corpus.config import CorpusConfig, ExtractConfig
-from dsm_train.corpus.engine.engine import Report, Task, run_step, shard_tasks
+from dsm_train.corpus.engine.engine import StepReport, Task, run_step, shard_tasks
 from dsm_train.corpus.engine.page import Page, page_id, write_pages
 from dsm_train.corpus.text.detect import decode, detect_language, printable
 from dsm_train.corpus.text.html import NestedTooDeep, html_to_text
@@ -34,11 +34,11 @@ _HTML = ("text/html", "application/xhtml+xml")
 _MEGABYTE = 1 << 20
 _WANTED = WarcRecordType.response | WarcRecordType.conversion
 _RECORD = re.compile(rb"\x1f\x8b\x08[\x00\x04]|\x28\xb5\x2f\xfd|(?<![^\n\0])WARC/1\.")
-"""How a record begins: that of gzip, of Zstandard, and a plain one."""
+"""First bytes of a record: gzip, Zstandard, or plain."""
 _CHUNK = re.compile(rb"[0-9A-Fa-f]{1,8}\s*(?:;[^\r\n]*)?\r\n")
 
 
-def run(config: CorpusConfig) -> Report:
+def run(config: CorpusConfig) -> StepReport:
     """Extract every file of `config.extract.inputs` to a shard of `run.out/extract`. Raises ValueError for no files."""
     out = config.run.out / "extract"
     tasks = shard_tasks(input_files(config.extract.inputs), out, config.engine)
@@ -63,7 +63,7 @@ def input_files(inputs: tuple[str, ...]) -> list[Path]:
 
 @dataclass(frozen=True)
 class Extract:
-    """The work of one task: its files to one shard of pages."""
+    """Work of one task: its files to one shard of pages."""
 
     config: ExtractConfig
 
@@ -122,7 +122,7 @@ def _records(file: BinaryIO, limit: int, counts: Counter[str]) -> Iterator[tuple
 
 
 def _next_record(file: BinaryIO, position: int) -> int | None:
-    """Where the next record may begin at `position` or after it; None if nowhere."""
+    """Next position, from `position` on, at which a record may begin; None if there is none."""
     file.seek(position)
     data = b""
     while chunk := file.read(_MEGABYTE):
@@ -135,7 +135,7 @@ def _next_record(file: BinaryIO, position: int) -> int | None:
 
 
 def _is_cut(file: BinaryIO, position: int) -> bool:
-    """Whether a gzip file breaks off after `position`: fastwarc then ends without a word."""
+    """True if a gzip file breaks off after `position`: fastwarc then ends without an error."""
     file.seek(position)
     try:
         with gzip.GzipFile(fileobj=file) as members:
@@ -149,7 +149,7 @@ def _is_cut(file: BinaryIO, position: int) -> bool:
 
 
 def _page(record: WarcRecord, data: bytes, config: ExtractConfig, counts: Counter[str]) -> Page | None:
-    """The page of a record, or None, counted, where there is none to keep."""
+    """Page of a record, or None, counted under the reason, if there is none to keep."""
     if record.record_type == WarcRecordType.response and not _is_html(record, counts):
         return None
     limit = config.max_html_mb * _MEGABYTE

@@ -1,4 +1,4 @@
-r"""LaTeX of one formula, from whatever the page holds of it: TeX source, attributes, MathML, an image's description."""
+r"""LaTeX of one formula, from its TeX source, attributes, MathML or an image's description."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _IMAGE = re.compile(r"<img\b([^>]*)>", re.I)
 
 
 def latex_in(element: str) -> str:
-    """LaTeX of an element that shows one formula, in the author's words where they are there; "" where nothing is."""
+    """LaTeX of an element that shows one formula, preferably the author's own source; "" if there is none."""
     if source := _ANNOTATION.search(element):
         if source[1].strip():
             return html.unescape(source[1])
@@ -44,7 +44,7 @@ def latex_in(element: str) -> str:
 
 
 def attribute(attributes: str, name: str) -> str:
-    """Value of an attribute, unescaped; "" where it is missing."""
+    """Value of an attribute, unescaped; "" if it is missing."""
     match = re.search(rf"""(?<![\w-]){name}\s*=\s*(?:"([^"]*)"|'([^']*)'|([^\s"'>]+))""", attributes, re.I)
     return html.unescape(match[1] or match[2] or match[3] or "") if match else ""
 
@@ -157,7 +157,7 @@ _NUCLIDE = re.compile(r"[A-Z][a-z]?(?![a-z])")
 
 
 def is_script(tag: str, attributes: str, before: str, content: str, after: str, linked: bool) -> bool:
-    """Whether `<sup>` or `<sub>` is mathematics, given the texts before, in and after it, and whether a link is in it.
+    """True if `<sup>` or `<sub>` is mathematics, given the texts before, in and after it; `linked`: it has a link.
 
     Footnote marks, references, ordinals (1st) and trade marks are not.
     """
@@ -193,7 +193,7 @@ _PIECE = (
     r"[A-Za-z0-9\u0370-\u03ff+−±∓*/=<>≤≥≠≈×·⋅°′|!∈→∞∂∇∑∏∫√ℓℏ\[\]]|-(?![A-Za-z]{3})|[.,](?=\d)|(?<=\d) [×·⋅] (?=\d)"
     rf"|\((?:{_RAISED}|[^()$\x03\x04]|\((?:{_RAISED}|[^()$\x03\x04]){{0,60}}+\)){{0,60}}+\)"
 )
-"""What stands at a script and belongs to its formula; parentheses may hold words."""
+"""Text beside a script that belongs to its formula; parentheses may hold words."""
 _INSIDE = r"[^()$\s\x03\x04^_]{0,40}+"
 _GROUP = rf"\((?:{_INSIDE}{_RAISED}){{1,20}}+{_INSIDE}\)"
 _SCRIPTED = re.compile(

@@ -29,9 +29,9 @@ class Extracted:
     """Text of a page and what was found out about it."""
 
     text: str
-    """Main text, mathematics as LaTeX; "" where the page shows none."""
+    """Main text, mathematics as LaTeX; "" if the page shows none."""
     language: str
-    """ISO 639-1 code, or "" where it is not known."""
+    """ISO 639-1 code, or "" if it is not known."""
     charset: str
     """Name of the encoding that the page was decoded from."""
     formulas: int
@@ -96,11 +96,11 @@ _LINK = re.compile("\x01([^\x01\x02]*)\x02?")
 _SIGN = re.compile("\x01[¶#§🔗]?\x02")
 """A link without text, or to the heading that it stands in."""
 _FEW = 3
-"""So many links in a row, or lines that are links, may be text."""
+"""Number of links in a row, or of lines that are links, that may be text."""
 
 
 def _without_links(text: str) -> str:
-    """Without rows of links, and runs of lines that are all links: navigation shows only once it is laid out."""
+    """Text without rows of links and runs of lines that are all links: navigation shows only once it is laid out."""
     lines: list[str] = []
     run: list[str] = []
     for line in _SIGN.sub("", text).split("\n"):

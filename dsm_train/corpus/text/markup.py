@@ -1,7 +1,7 @@
-"""The markup of a page with its formulas as LaTeX, and without the elements that are not its text.
+"""Rewriting of a page's markup: formulas become LaTeX, elements that are not text go.
 
-The markup is taken as a string, from one telling tag to the next: no tree is built, nothing recurses, and every search
-is bounded or remembered, so that time is linear in the page, whatever it holds.
+The markup is scanned as a string, from one relevant tag to the next: no tree is built, nothing recurses, and every
+search is bounded or memoised, so that time is linear in the page, whatever it holds.
 """
 
 from __future__ import annotations
@@ -36,20 +36,20 @@ _MADE = (
 )
 """Elements that a library for mathematics made, or added to."""
 _WRITTEN = re.compile(r"""class=["']?(?:wp-katex-eq|texhtml|tex-span|math(?: inline| display)?["'])""")
-"""Those whose content is the formula, in TeX or in HTML's own means."""
+"""Library elements whose content is the formula, in TeX or in HTML's own means."""
 _DOUBTFUL = (
     r"(nav|aside|footer|dialog|(?:div|section|ul|ol|header|form|table|p|li|dl)(?=\s)"
     r"""|a(?=\s+class="(?:skip|mw-jump|screen-reader))|span(?=\s+(?:class="[^"]*+"\s+)?(?:style="[^"]*(?:none|hidden)|hidden|aria-hidden)))(\s[^<>]*+)?>"""
 )
 """Elements that may not be part of the text."""
 _TELLING = re.compile(rf"<(?:({_NAMES})(?![\w:-]){_ATTRIBUTES}(?:>|\Z)|{_MADE}|{_DOUBTFUL})", re.S)
-"""What the pass stops at. Like the two below it begins with one character, which makes the search fast."""
+"""Tags and delimiters that the pass stops at. Like the two below it begins with one character: a fast search."""
 _ENVIRONMENTS = r"(?:equation|align|gather|multline|eqnarray|displaymath|flalign|alignat|math)\*?"
 _OPENING = (re.compile(rf"\\(?<!\\\\)(?:[(\[]|begin\{{{_ENVIRONMENTS}\}})"), re.compile(r"\$\$"))
 _ASIDE = re.compile(
     r"<(?:(pre|code|kbd|samp|textarea|tt|script|style|noscript|svg|template|iframe)(?![\w:-])[^>]*+>|!--)"
 )
-"""Where formulas are none or, in the first six, only those that are marked up as such."""
+"""Elements without formulas; the first six may hold formulas that are marked up as such."""
 _CODE = frozenset("pre code kbd samp textarea tt".split())
 _DISPLAYED = re.compile(
     r"(?:katex|math|formula|equation)[\w-]*[ -](?:display|block)\b|MathJax_Display|MJXc-display|\sblock\b|eeimg=.2"
@@ -61,12 +61,12 @@ _DELIMITED = {
     "$$": re.compile(r"\$\$((?:[^$\\]++|\\.|\$(?!\$))*+)\$\$", re.S),
 }
 _BLOCK = re.compile(r"</?(?:div|td|tr|table|li|ul|ol|h[1-6]|pre|script|math|img|section|article)\b")
-"""A formula in the text does not span these."""
+"""Tags that a formula in the text does not span."""
 _MAIN = re.compile(r"""<(?:main\b|(?:div|article|section)\s[^<>]*\brole=["']?main\b)""")
 _TITLE = re.compile(r"<(?:article|body|h1)\b")
 _LONGEST = 20_000
 _PATIENCE = 50
-"""Elements too large to be boilerplate, or large without a formula, after which the page is taken as broken."""
+"""Number of elements too large to be boilerplate, or large without a formula, that mark a page as broken."""
 _SCRIPT = re.compile(r"<su([bp])\b[^>]*>")
 _BREAK = re.compile(r"<(?:br|/?p)\b[^>]*>")
 _MARKUP = re.compile(r"</?[A-Za-z][^<>]*>|<!--.*?-->", re.S)
@@ -95,7 +95,7 @@ def _either(name: str) -> re.Pattern[str]:
 
 
 class Markup:
-    """One pass over the markup of a page; tag names are in lower case."""
+    """Single pass over the markup of a page; tag names are in lower case."""
 
     def __init__(self, source: str) -> None:
         self.formulas = 0
@@ -181,7 +181,7 @@ class Markup:
         return position
 
     def _in_tag(self, position: int) -> bool:
-        """Whether a position, further on than that of the last call, is in a tag, as in the value of an attribute."""
+        """True if a position is in a tag, as in the value of an attribute; positions of successive calls ascend."""
         start, opened = self._tag if self._tag[0] >= self._copied else (self._copied, -1)
         opened = max(opened, self._source.rfind("<", start, position))
         if opened <= self._source.rfind(">", start, position) or self._source[opened + 1] in " \n=0123456789":
@@ -190,7 +190,7 @@ class Markup:
         return opened >= 0
 
     def _delimited(self, opening: str, start: int, end: int) -> int:
-        """A formula between LaTeX's own delimiters, where they delimit one."""
+        """Handle LaTeX's own delimiters where they delimit a formula."""
         if opening.startswith("\\begin"):
             closing = opening.replace("begin", "end", 1)
             inner = self._source.find(closing, end, end + _LONGEST)
@@ -264,7 +264,7 @@ class Markup:
         return re.sub(r"<[^<>]*>|^[^<]*>", " ", _INLINE_TAG.sub("", tail))
 
     def _within(self, position: int) -> str:
-        """The element aside of the text that holds a position, further on than that of the last call; or ""."""
+        """Name of the element aside of the text that holds a position, or ""; positions of successive calls ascend."""
         while self._aside[1] <= position:
             self._aside = next(self._asides, (len(self._source) + 1, len(self._source) + 1, ""))
         return self._aside[2] if self._aside[0] < position else ""
@@ -280,7 +280,7 @@ class Markup:
                 position = match.end()
 
     def _closing_tag(self, name: str, position: int) -> tuple[int, int]:
-        """Where the next closing tag of this name begins and ends; (0, 0) if there is none."""
+        """Begin and end of the next closing tag of this name; (0, 0) if there is none."""
         if name not in self._unclosed:
             if match := _closing(name).search(self._source, position):
                 return match.span()
@@ -288,7 +288,7 @@ class Markup:
         return 0, 0
 
     def _balanced(self, name: str, position: int) -> tuple[int, int]:
-        """Where the closing tag that belongs to an element begins and ends; (0, 0) if there is none."""
+        """Begin and end of the closing tag that belongs to an element; (0, 0) if there is none."""
         depth = 1
         if name not in self._unclosed:
             for match in _either(name).finditer(self._source, position):

@@ -1,8 +1,8 @@
-r"""Presentation MathML to LaTeX, in one pass over the markup with a stack: no tree, no recursion, linear time.
+r"""Conversion of Presentation MathML to LaTeX, in one pass with a stack: no tree, no recursion, linear time.
 
     to_latex("<math><mfrac><mi>a</mi><mn>2</mn></mfrac></math>") == r"\frac{a}{2}"
 
-What MathJax 3 renders (`<mjx-math>`, `<svg><g data-mml-node=...>`) mirrors MathML and is read by the same pass.
+The output of MathJax 3 (`<mjx-math>`, `<svg><g data-mml-node=...>`) mirrors MathML and is read by the same pass.
 https://www.w3.org/TR/mathml-core/
 """
 

@@ -1,4 +1,4 @@
-"""What LaTeX calls the characters, functions and alphabets of MathML."""
+"""LaTeX names of the characters, functions and alphabets of MathML."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ from dsm_train.corpus.cleaning import dedup
 from dsm_train.corpus.cleaning.dedup import Sizes, deduplicate
 from dsm_train.corpus.cleaning.fingerprints import Near, normalise_url
 from dsm_train.corpus.config import DedupConfig, EngineConfig
-from dsm_train.corpus.engine.engine import Report, StepError
+from dsm_train.corpus.engine.engine import StepError, StepReport
 from dsm_train.corpus.engine.page import Page, page_id, read_pages, shards, write_pages
 
 ENGINE = EngineConfig(workers=1)
@@ -59,7 +59,7 @@ def small_web(seed: int, count: int) -> list[Page]:
     return pages
 
 
-def run(folder: Path, parts: Iterable[Sequence[Page]], config: DedupConfig = CONFIG, sizes: Sizes = TINY) -> Report:
+def run(folder: Path, parts: Iterable[Sequence[Page]], config: DedupConfig = CONFIG, sizes: Sizes = TINY) -> StepReport:
     for i, pages in enumerate(parts):
         write_pages(folder / "in" / f"{i:05d}.jsonl.gz", pages)
     return deduplicate(shards(folder / "in"), folder / "out", config, ENGINE, sizes)

@@ -16,8 +16,8 @@ from drawn import drawn_documents
 
 from dsm_train.cli import load_config
 from dsm_train.corpus.config import CorpusConfig
-from dsm_train.corpus.demo.demo import run_demo
-from dsm_train.corpus.demo.demo_report import Outcome, table
+from dsm_train.corpus.demo.report import Outcome, table
+from dsm_train.corpus.demo.run import run_demo
 from dsm_train.corpus.demo.synthetic_web import Truth
 from dsm_train.corpus.engine.page import read_pages, shards
 from dsm_train.data.tokenizer import load_tokenizer

@@ -12,7 +12,7 @@ from warcio.archiveiterator import ArchiveIterator
 
 from dsm_train.corpus.cleaning.fingerprints import normalise_url
 from dsm_train.corpus.demo import synthetic_web
-from dsm_train.corpus.demo.demo_report import benchmark_texts, squashed
+from dsm_train.corpus.demo.report import benchmark_texts, squashed
 from dsm_train.corpus.demo.synthetic_html import MARKUPS, formula_html, parse_tex
 from dsm_train.corpus.demo.synthetic_text import FORMULAS, Formula
 from dsm_train.corpus.demo.synthetic_web import PageTruth, Truth, make

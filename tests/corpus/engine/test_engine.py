@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import importlib.util
+import json
 import os
 import shutil
 import signal
@@ -357,3 +358,14 @@ def test_progress_says_how_long_it_still_takes() -> None:
     assert progress_line("x", 3, 4, 30, 400, 300) == "x: 3 of 4 shards, 30 s, about 1 min 30 s left"
     assert progress_line("x", 4, 4, 7300, 400, 0) == "x: 4 of 4 shards, 2 h 1 min"
     assert [duration(s) for s in (0.4, 59, 61, 3600)] == ["0 s", "59 s", "1 min 1 s", "1 h 0 min"]
+
+
+def test_a_folder_that_another_version_made_is_refused_with_the_remedy(tmp_path: Path) -> None:
+    inputs, out, work = shards_of_pages(tmp_path / "in", 2), tmp_path / "out", Copy(tmp_path / "diary")
+    run_step("copy", shard_tasks(inputs, out, TWO), work, TWO, out)
+    claim = json.loads((out / "step.json").read_text())
+    (out / "step.json").write_text(json.dumps(claim | {"work": "dsm_train.corpus.copy.Copy"}))
+    with pytest.raises(
+        StepError, match=r"another version of dsm-train \(work was .*\.Copy' and is 'Copy'\).* delete that"
+    ):
+        run_step("copy", shard_tasks(inputs, out, TWO), work, TWO, out)

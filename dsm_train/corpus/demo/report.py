@@ -1,6 +1,6 @@
-"""What the demo found against the truth of its synthetic web: numbers, a table, a plot.
+"""Scores of the demo against the truth of its synthetic web: numbers, a table, a plot.
 
-P pages of the web after extraction and deduplication.
+P: pages of the web after extraction and deduplication.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from dsm_train.corpus.mining.select import Cut, cut, read_scores
 
 @dataclass(frozen=True)
 class RoundScore:
-    """What a round collected, against the truth."""
+    """Scores of one round's collection against the truth."""
 
     round: int
     pages: int
@@ -33,7 +33,7 @@ class RoundScore:
     precision: float
     """Share of the collected pages that is mathematics."""
     recall_at_last_budget: float
-    """Recall if this round's ranking were cut at the last round's budget: what the classifier alone has gained."""
+    """Recall of this round's ranking, cut at the last round's budget: isolates the classifier's gain."""
     hidden_recall: float
     """Recall on the hidden sites, which are all mathematics and unknown to the seed."""
     hidden_sites: int
@@ -42,7 +42,7 @@ class RoundScore:
 
 @dataclass(frozen=True)
 class Outcome:
-    """The corpus at the end, against the truth. Of what should be gone: how much is still there."""
+    """Scores of the finished corpus against the truth; `*_left` counts what should be gone."""
 
     rounds: tuple[RoundScore, ...]
     recall: float
@@ -64,7 +64,7 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Ranking:
-    """All pages as a round ranked them, best first."""
+    """Ranking of all pages by a round, best first."""
 
     tokens_P: np.ndarray
     recall_P: np.ndarray
@@ -80,7 +80,7 @@ class Judge:
 
     @cached_property
     def pages(self) -> dict[str, PageTruth]:
-        """What is known of each page, by its id."""
+        """Truth of each page, by its id."""
         return {page.id: page for page in self.truth.pages}
 
     def wanted(self, contaminated: bool) -> set[str]:

@@ -1,10 +1,9 @@
-"""`python -m dsm_train corpus demo`: all steps on a synthetic web, and what they found against what is there.
+"""Step `demo`: run all steps on a synthetic web and score them against its truth.
 
-The steps are those of every corpus; they see WARC files, a seed, a benchmark and rules, never the truth. Only the seed
-is taken from it, as a list of pages: it stands for the corpus that mining begins with (the paper's OpenWebMath).
-Domains are annotated by `RULES`, which know what a person would see first: how much of a prefix was collected. The
-budgets are those of the recipe, as the paper's come from training on corpora of several sizes; the plot shows what
-others would have given.
+The steps are those of every corpus; they see WARC files, seed pages, a benchmark and rules, never the truth. The seed
+is drawn from the truth: it stands for the corpus that mining begins with (the paper's OpenWebMath). Domains are
+annotated by `RULES`, which use the share of a prefix that was collected. Budgets are the recipe's, as the paper's come
+from training on corpora of several sizes; the plot shows all other budgets.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from dsm_train.corpus.config import CorpusConfig
-from dsm_train.corpus.demo.demo_report import Judge, Outcome, contaminated, plot, table
+from dsm_train.corpus.demo.report import Judge, Outcome, contaminated, plot, table
 from dsm_train.corpus.demo.synthetic_web import Truth, make
 from dsm_train.corpus.engine.engine import finished_shards, write_json
 from dsm_train.corpus.engine.page import Page, read_pages, write_pages
@@ -33,7 +32,7 @@ _VOCABULARY = 2048
 """Tokens of the tokenizer that is trained on every fourth page: a small web has few words."""
 
 _MOST_TOKENS_PER_PAGE = 200
-"""Half of what a page holds."""
+"""Largest budget per page, half of the tokens that a page holds."""
 
 ResultT = TypeVar("ResultT")
 
@@ -53,16 +52,16 @@ class _Clock:
 
 
 def run(config: CorpusConfig) -> None:
-    """The step of the command line: run everything, print the table, write demo.json and demo.png to run.out."""
+    """Run the step `demo`: everything, a table on the terminal, demo.json and demo.png in run.out."""
     outcome = run_demo(config)
     print(f"\n{table(outcome)}\nplot: {config.run.out / 'demo.png'}", flush=True)
 
 
 def run_demo(config: CorpusConfig) -> Outcome:
-    """All steps, then the truth. What an earlier run finished is taken as it is.
+    """Run all steps, then score them against the truth. Finished steps of an earlier run are kept.
 
-    Raises ValueError for a budget that would hold most of the web, where run.out holds the web of another seed or size,
-    and what the steps raise.
+    Raises ValueError for a budget that would hold most of the web, for a run.out with the web of another seed or size,
+    and whatever the steps raise.
     """
     from dsm_train.corpus import tokenise
     from dsm_train.corpus.cleaning import decontaminate, dedup
@@ -85,7 +84,7 @@ def run_demo(config: CorpusConfig) -> Outcome:
 
 
 def judge(out: Path, truth: Truth, tokens: list[int], seconds: dict[str, float]) -> Outcome:
-    """Hold what the steps left in `out` against the truth, and draw demo.png. `tokens`: collected by each round."""
+    """Score the output of the steps in `out` against the truth; draw demo.png. `tokens`: collected by each round."""
     from dsm_train.corpus.mining.round_steps import read_cut
 
     judge, rows, rankings = Judge(truth), [], []
@@ -141,7 +140,7 @@ def _web(folder: Path, seed: int, pages: int) -> Truth:
 
 
 def _complete(config: CorpusConfig) -> CorpusConfig:
-    """Point the steps to what the demo makes in run.out."""
+    """Point the configuration of every step to the files that the demo makes in run.out."""
     out, domains = config.run.out, config.domains
     if domains.rules is None:
         (out / "rules.yaml").write_text(RULES, encoding="utf-8")
