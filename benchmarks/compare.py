@@ -26,6 +26,7 @@ _CHECK_FLOPS = {"cpu": 3e11, "cuda": 2e14}
 _PREPARATION = 2
 """Runs that a contender needs before it is timed, for the progress."""
 _REMEDIES = {
+    "trl": "pip install trl",
     "flash_attn": "pip install --no-build-isolation '.[flash]'",
     "flash_attn_interface": "build it from the folder hopper of the flash-attention repository",
 }

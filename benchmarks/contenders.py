@@ -133,6 +133,7 @@ def scoring_contenders(device: str) -> list[Contender]:
         Contender("PyTorch, compiled", scoring(dense_logprobs, compiled=True)),
         Contender("Liger chunked log-probabilities", scoring(_liger_logprobs)),
         Contender("Liger Triton on logits", _liger_triton_scoring, absent=only_gpu),
+        Contender("TRL chunked log-probabilities", scoring(_trl_logprobs)),
     ]
     for name, options, reason in cce_forms(device, exact=False):
         contenders.append(Contender(name, scoring(functools.partial(_cce_logprobs, **options)), absent=reason))
@@ -290,6 +291,12 @@ def _liger_logprobs(hidden_TD: Tensor, weight_VD: Tensor, target_T: Tensor) -> T
     from liger_kernel.chunked_loss.fused_linear_ppo import LigerFusedLinearPPOBase  # pyright: ignore[reportMissingImports]
 
     return LigerFusedLinearPPOBase.chunk_forward(hidden_TD[None], weight_VD, target_T[None])[0]
+
+
+def _trl_logprobs(hidden_TD: Tensor, weight_VD: Tensor, target_T: Tensor) -> Tensor:
+    from trl.kernels.chunked_logprob import ChunkedLogProbFunction  # pyright: ignore[reportMissingImports]
+
+    return ChunkedLogProbFunction.apply(hidden_TD, weight_VD, None, target_T, 1.0, 8192, None, 1.0, ())[0]
 
 
 def _liger_triton_scoring(problem: Problem) -> Run:

@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
+from tempfile import mkdtemp
 from typing import Any
 
 import torch
@@ -80,8 +81,9 @@ def cases(options: argparse.Namespace, device: torch.device) -> list[Case]:
     for shape in options.shapes:
         ops = {"linear_grpo_loss": partial(loss_op, workspaces=workspaces), "linear_logprob": scoring_op}
         rounds = [[ops[name](shape, device.type)] for name in HEAD_OPS if name in options.op]
-        make = partial(make_problem, shape, device, options.dtype, options.groups, options.responses)
-        made.append(Case(str(shape), make, rounds, {"groups": options.groups, "responses": options.responses}))
+        facts = {"groups": options.groups, "responses": options.responses, "deviation": options.deviation}
+        make = partial(make_problem, shape, device, options.dtype, **facts)
+        made.append(Case(str(shape), make, rounds, facts))
     for heads, packing in options.attention:
         rounds = []
         if "packed_attention" in options.op:
@@ -125,8 +127,11 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--check-rows", type=int, help="how many rows to hold against fp64; as many as it can")
     parser.add_argument("--groups", type=int, default=2, help="prompts of the loss; 2")
     parser.add_argument("--responses", type=int, default=8, help="responses per prompt of the loss; 8")
+    parser.add_argument("--deviation", type=float, default=2.0, help="standard deviation of the logits; 2")
     parser.add_argument("--out", type=Path, help="folder or .jsonl; benchmarks/results. A .png goes beside it")
-    parser.add_argument("--quick", action="store_true", help="a tiny shape, to see that everything runs")
+    parser.add_argument(
+        "--quick", action="store_true", help="a tiny shape, to see that everything runs; times mean nothing"
+    )
     parser.add_argument("--quiet", action="store_true", help="no progress")
     options = parser.parse_args(arguments)
     if options.device == "cuda" and not torch.cuda.is_available():
@@ -173,7 +178,8 @@ def main(arguments: Sequence[str] | None = None) -> Path:
         "memory_meter": METERS[options.device],
     }
     everything = len(options.op) == len(HEAD_OPS + ATTENTION_OPS)
-    path, written = report.path(options.out, common, "ops" if everything else "-".join(options.op)), []
+    out = Path(mkdtemp(prefix="dsm-benchmarks-")) if options.quick and options.out is None else options.out
+    path, written = report.path(out, common, "ops" if everything else "-".join(options.op)), []
     with on(device):
         for case in asked:
             problem = case.make()
@@ -184,6 +190,8 @@ def main(arguments: Sequence[str] | None = None) -> Path:
                 written += [common | case.facts | asdict(row) for row in rows]
                 report.write(written, path)  # whatever stops a long run
     report.draw(written, path.with_suffix(".png"))
+    if options.quick:
+        print("quick: everything ran; at a shape this small the times and ratios say nothing about speed")
     return path
 
 

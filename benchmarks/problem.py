@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 
 CLIP, KL_COEF = 0.2, 0.04
-_LOGIT_DEVIATION = 2.0
 _EDGE_MARGIN = 0.03
 """No log ratio lies nearer to an edge of the clip band: logits rounded to bf16 would put some rows on its other side,
 and then the error would be that of the edge, not of the arithmetic."""
@@ -129,16 +128,22 @@ class Problem:
 
 
 def make_problem(
-    shape: Shape, device: torch.device, dtype: torch.dtype, groups: int = 2, responses: int = 8, seed: int = 0
+    shape: Shape,
+    device: torch.device,
+    dtype: torch.dtype,
+    groups: int = 2,
+    responses: int = 8,
+    deviation: float = 2.0,
+    seed: int = 0,
 ) -> Problem:
-    """Random data: logits of deviation 2, targets drawn from the policy, ratios of deviation 0.15 around 1."""
+    """Random data: logits of the given deviation, targets drawn from the policy, ratios of deviation 0.15 around 1."""
     generator = torch.Generator(device).manual_seed(seed)
 
     def normal(*size: int) -> Tensor:
         return torch.randn(*size, generator=generator, device=device)
 
     hidden_TD = normal(shape.T, shape.D).to(dtype)
-    weight_VD = normal(shape.V, shape.D).mul_(_LOGIT_DEVIATION / math.sqrt(shape.D)).to(dtype)
+    weight_VD = normal(shape.V, shape.D).mul_(deviation / math.sqrt(shape.D)).to(dtype)
     target_T, logprob_T = _sample(hidden_TD, weight_VD, generator)
     log_ratio_T = normal(shape.T) * 0.15
     for edge in (math.log(1 - CLIP), math.log(1 + CLIP)):

@@ -19,7 +19,7 @@ from benchmarks.compare import FLOOR
 from triton_kernels import implementations
 
 RESULTS = Path(__file__).parent / "results"
-_PACKAGES = ("torch", "triton", "liger-kernel", "cut-cross-entropy", "flash-attn", "flash-attn-3")
+_PACKAGES = ("torch", "triton", "liger-kernel", "trl", "cut-cross-entropy", "flash-attn", "flash-attn-3")
 _SERVING = (
     "logit_stats", "logit_gradient", "policy_logits", "linear_logprob_fwd", "grpo_loss",
     "packed_attention_fwd", "packed_attention_bwd",
@@ -119,31 +119,73 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
 
 
 def plot(rows: list[dict[str, Any]], path: Path) -> None:
-    """Time and memory per contender, and time against workspace of ours; a line of panels per op and shape."""
+    """Time (logarithmic) and memory per contender, time against our workspace; a line of panels per op and shape."""
     from matplotlib.figure import Figure
 
     timed = [row for row in rows if row["repetitions"]]
-    panels = list(dict.fromkeys((row["op"], row["shape"]) for row in timed))
-    figure = Figure(figsize=(15, 3.4 * len(panels) + 0.4), layout="constrained")
-    axes = figure.subplots(max(len(panels), 1), 3, squeeze=False)
-    for (time_axis, memory_axis, sweep_axis), panel in zip(axes, panels, strict=False):
-        here = [row for row in timed if (row["op"], row["shape"]) == panel]
-        bars = [row for row in here if row["workspace_bytes"] is None and row["ratio_to_ours"] is not None][::-1]
-        names = [row["contender"] for row in bars]
-        kinds = {"ours": "tab:orange", FLOOR: "tab:gray"}
-        color = [kinds.get(name.split(",")[0], "tab:blue") for name in names]
-        time_axis.barh(names, [row["ratio_to_ours"] for row in bars], color=color)
-        time_axis.set_title(f"{panel[0]}\n{panel[1]}: time, ours = 1")
-        if any(row["peak_extra_bytes"] for row in bars):
-            memory_axis.barh(names, [(row["peak_extra_bytes"] or 0) / 2**20 for row in bars], color=color)
-            memory_axis.set(title="memory beside inputs and results, MiB", yticklabels=[])
-        else:
-            memory_axis.set_axis_off()
-        sweep = sorted((row["workspace_bytes"], row["ratio_to_ours"]) for row in here if row["workspace_bytes"])
-        if sweep:
-            sweep_axis.plot([x / 2**20 for x, _ in sweep], [y for _, y in sweep], "o-", color="tab:orange")
-            sweep_axis.set(title="time against workspace, default = 1", xlabel="MiB", xscale="log", ylim=(0, None))
-        else:
-            sweep_axis.set_axis_off()
+    panels: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for row in timed:
+        panels.setdefault((row["op"], row["shape"]), []).append(row)
+    bars = {panel: _bars(here) for panel, here in panels.items()}
+    heights = [0.9 + 0.27 * len(names) for names in bars.values()] or [1.0]
+    figure = Figure(figsize=(13, sum(heights) + 0.5), layout="constrained")
+    columns = 3 if any(row["workspace_bytes"] for row in timed) else 2
+    axes = figure.subplots(len(heights), columns, squeeze=False, height_ratios=heights)
+    ratios = [row["ratio_to_ours"] for here in bars.values() for row in here]
+    limits = min([0.7, *ratios]) * 0.9, max([2.0, *ratios]) * 1.6  # the same for all panels
+    for (time_axis, memory_axis, *sweep_axis), panel in zip(axes, panels, strict=False):
+        _draw_time(time_axis, bars[panel], limits)
+        time_axis.set_title(f"{panel[0]} {panel[1]}: time, ours = 1", fontsize=9)
+        _draw_memory(memory_axis, bars[panel])
+        for axis in sweep_axis:
+            _draw_sweep(axis, panels[panel])
     figure.suptitle(f"{rows[0]['device']}, {rows[0]['dtype']}, {rows[0]['threads']} threads, {rows[0]['date'][:10]}")
     figure.savefig(path, dpi=80)
+
+
+def _bars(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Rows that are compared with each other: all but those of the sweep over workspaces; the first comes last."""
+    return [row for row in rows if row["workspace_bytes"] is None and row["ratio_to_ours"] is not None][::-1]
+
+
+def _color(row: dict[str, Any]) -> str:
+    return {"ours": "tab:orange", FLOOR: "tab:gray"}.get(row["contender"].split(",")[0], "tab:blue")
+
+
+def _draw_time(axis: Any, bars: list[dict[str, Any]], limits: tuple[float, float]) -> None:
+    """Distance from 1 on a logarithmic axis, with the ratio in figures: 1.1 and 100 can both be read."""
+    ratios, places = [row["ratio_to_ours"] for row in bars], range(len(bars))
+    colors = [_color(row) for row in bars]
+    axis.hlines(places, 1, ratios, color=colors, linewidth=3)
+    axis.scatter(ratios, places, color=colors, zorder=3)
+    for place, ratio in zip(places, ratios, strict=True):
+        axis.annotate(
+            f"{ratio:.2f}", (max(ratio, 1), place), (8, 0), textcoords="offset points", va="center", fontsize=8
+        )
+    axis.axvline(1, color="black", linewidth=0.8)
+    axis.set(xscale="log", xlim=limits, ylim=(-0.6, len(bars) - 0.4))
+    axis.set_yticks(places, [row["contender"] for row in bars], fontsize=8)
+    ticks = [tick for tick in (0.5, 1, 2, 5, 10, 20, 50, 100, 200) if limits[0] <= tick <= limits[1]]
+    axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks], fontsize=8)
+    axis.minorticks_off()
+
+
+def _draw_memory(axis: Any, bars: list[dict[str, Any]]) -> None:
+    if not any(row["peak_extra_bytes"] for row in bars):
+        axis.set_axis_off()
+        return
+    mib = [(row["peak_extra_bytes"] or 0) / 2**20 for row in bars]
+    drawn = axis.barh(range(len(bars)), mib, color=[_color(row) for row in bars], height=0.55)
+    axis.bar_label(drawn, [f"{x:.3g}" if x else "" for x in mib], padding=3, fontsize=8)
+    axis.set(yticks=[], xlim=(0, 1.15 * max(mib)), ylim=(-0.6, len(bars) - 0.4))
+    axis.set_title("memory beside inputs and results, MiB", fontsize=9)
+
+
+def _draw_sweep(axis: Any, rows: list[dict[str, Any]]) -> None:
+    sweep = sorted((row["workspace_bytes"] / 2**20, row["ratio_to_ours"]) for row in rows if row["workspace_bytes"])
+    if not sweep:
+        axis.set_axis_off()
+        return
+    axis.plot([x for x, _ in sweep], [y for _, y in sweep], "o-", color="tab:orange")
+    axis.set(xlabel="workspace, MiB", xscale="log", ylim=(0, 1.15 * max(y for _, y in sweep)))
+    axis.set_title("ours: time against workspace, default = 1", fontsize=9)
