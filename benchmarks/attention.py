@@ -1,7 +1,7 @@
 """Attention over packed sequences and over groups that share a prompt: the problem and its solution in fp64.
 
-A contender that cannot share prompts gets every response with a prompt of its own. Of the copies of a prompt's row the
-first alone has an upstream gradient, so that the loss is one for all, and so are the gradients, summed over the copies.
+A contender that cannot share prompts gets every response with a prompt of its own. Only the first copy of a prompt's
+row has an upstream gradient: the loss is the same for all, and so are the gradients, summed over the copies.
 
 T packed tokens, H query heads, J key heads, K head size, V head size of the values, S sequences, L the longest one,
 M rows of a contender's form.
@@ -38,7 +38,7 @@ class Heads:
 
     @classmethod
     def parse(cls, text: str) -> Heads:
-        """From "H/JxK" or "H/JxK/V". Raises `ValueError` for anything else."""
+        """Parse "H/JxK" or "H/JxK/V". Raises `ValueError` for anything else."""
         match = re.fullmatch(r"(\d+)/(\d+)x(\d+)(?:/(\d+))?", text)
         heads = cls(*(int(match[i] or match[3]) for i in range(1, 5))) if match else None
         if heads is None or min(heads.H, heads.J, heads.K, heads.V) == 0 or heads.H % heads.J:
@@ -61,7 +61,7 @@ class Packing:
 
     @classmethod
     def parse(cls, text: str) -> Packing:
-        """From "SxL", "mixed:low-high:total" or "groups:PxGxR" with or without "xN". Raises `ValueError` otherwise."""
+        """Parse "SxL", "mixed:low-high:total" or "groups:PxGxR" with or without "xN". Raises `ValueError` otherwise."""
         numbers = [int(number) for number in re.findall(r"\d+", text)]
         if min(numbers, default=0) > 0:
             if re.fullmatch(r"\d+x\d+", text):
@@ -92,7 +92,7 @@ class Packing:
 
     @property
     def pairs(self) -> int:
-        """Of a query and a key that it sees, per head."""
+        """Number of pairs of a query and a key that it sees, per head."""
         return sum(len(rows) * (len(rows) + 1) // 2 + len(rows) * len(prompt) for rows, prompt in self.segments())
 
     def segments(self) -> Iterator[tuple[range, range]]:
@@ -117,7 +117,7 @@ class Packing:
                 row += length
 
     def layout(self, device: torch.device) -> Callable[[], PackedLayout]:
-        """What makes ours, from lengths that are on the device."""
+        """Function that makes our layout from lengths on the device."""
         prompt_len_P = torch.tensor([prompt for prompt, _ in self.groups], device=device)
         if not self.shares_prompts:
             cu_seqlens = F.pad(prompt_len_P.cumsum(0), (1, 0)).int()
@@ -147,11 +147,11 @@ class Form:
     v: Tensor
     upstream: Tensor
     packing: Packing
-    """Of the M rows; of the padded form without the padding."""
+    """Packing of the M rows; without the padding for the padded form."""
 
     @property
     def lengths(self) -> list[int]:
-        """Of sequences."""
+        """Lengths of the sequences."""
         return [prompt for prompt, _ in self.packing.groups]
 
     def cu(self) -> Tensor:
@@ -195,7 +195,7 @@ class AttentionProblem:
 
     @functools.cached_property
     def packed(self) -> Form:
-        """As it is."""
+        """Packed form, each prompt once."""
         return Form(*self.tensors, self.packing)
 
     @functools.cached_property
@@ -205,11 +205,11 @@ class AttentionProblem:
 
     @functools.cached_property
     def padded(self) -> Form:
-        """The same filled up to the longest."""
+        """Sequences padded to the longest, with a prompt for every response."""
         return self._form(pad_sequence(self._sequences(), batch_first=True, padding_value=-1))
 
     def sources(self) -> dict[int, Tensor]:
-        """By the number M of a form's rows: the packed row of each, or -1. Forms of as many rows are the same."""
+        """Packed row of each row of a form, or -1, by the form's number of rows M, which identifies it."""
         sequences = self._sequences()
         forms = (pad_sequence(sequences, True, -1).flatten(), torch.cat(sequences), torch.arange(self.num_rows))
         return {len(source_M): source_M.to(self.device) for source_M in forms}
@@ -218,7 +218,7 @@ class AttentionProblem:
         return [torch.tensor(rows) for rows in self.packing.sequences()]
 
     def _form(self, source: Tensor) -> Form:
-        """Rows as `source` says, of any shape; an upstream gradient where a row stands for the first time."""
+        """Form with the rows that `source` names, of any shape; only a row's first copy has an upstream gradient."""
         order = source.flatten().sort(stable=True)
         is_first = torch.empty_like(source.flatten(), dtype=torch.bool)
         is_first[order.indices] = order.values.diff(prepend=order.values.new_full((1,), -1)) > 0
@@ -233,7 +233,7 @@ class AttentionProblem:
 
 
 def make_attention(heads: Heads, packing: Packing, device: torch.device, dtype: torch.dtype) -> AttentionProblem:
-    """Normal random numbers: scores of deviation 1."""
+    """Make the problem from normal random numbers: scores have deviation 1."""
     generator, T = torch.Generator(device).manual_seed(0), packing.num_tokens
     sizes = ((heads.H, heads.K), (heads.J, heads.K), (heads.J, heads.V), (heads.H, heads.V))
     q_THK, k, v, upstream = (torch.randn(T, *size, generator=generator, device=device).to(dtype) for size in sizes)

@@ -1,4 +1,4 @@
-"""Who solves the problem of attention: ours, PyTorch's own, flash-attn; each in the form its authors recommend.
+"""Contenders for attention: ours, PyTorch's own, flash-attn; each in the form its authors recommend.
 
 T packed tokens, H query heads, J key heads, K head size, V head size of the values, S sequences, L the longest one.
 """
@@ -23,14 +23,15 @@ from triton_kernels import packed_attention
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 CONTRACT = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
-"""Largest error that is allowed to ours."""
+"""Largest error allowed to ours."""
 _TILES = (128, 64)
-"""Of queries and keys, for which work tables are timed: those of head size 128 on a Hopper GPU."""
+"""Tile of queries and keys whose work tables are timed: that of head size 128 on a Hopper GPU."""
 
 
 def attention_ops(heads: Heads, packing: Packing, device: str) -> list[Op[AttentionProblem]]:
-    """Forward without gradients; forward and backward; the difference. FLOPs are of pairs that see each other, with a
-    prompt stored once."""
+    """Ops of attention: forward without gradients, forward and backward, their difference.
+
+    FLOPs count pairs that see each other, with a prompt stored once."""
     per_width = 2.0 * packing.pairs * heads.H
     forward, backward = per_width * (heads.K + heads.V), per_width * (3 * heads.K + 2 * heads.V)
 
@@ -46,7 +47,7 @@ def attention_ops(heads: Heads, packing: Packing, device: str) -> list[Op[Attent
 
 
 def layout_op(packing: Packing, device: str) -> Op[AttentionProblem]:
-    """What has to be made of the lengths once per batch."""
+    """Op that makes, from the lengths, the structure needed once per batch: a layout or a block mask."""
 
     def ours(problem: AttentionProblem) -> Run:
         make = problem.packing.layout(problem.device)
@@ -74,7 +75,7 @@ def layout_op(packing: Packing, device: str) -> Op[AttentionProblem]:
 
 
 def _contenders(device: str, shares_prompts: bool, is_training: bool) -> list[Contender[AttentionProblem]]:
-    """With shared prompts, those that cannot share them have "repeated" in their names."""
+    """Contenders for one pass; with shared prompts, those that cannot share them have "repeated" in their names."""
     packed, repeated, padded = (operator.attrgetter(name) for name in ("packed", "repeated", "padded"))
     no_gpu = None if device == "cuda" else "its kernels need a GPU"
     no_backward = "flex_attention has no backward pass on a CPU" if is_training and device == "cpu" else None
@@ -149,7 +150,7 @@ def _sdpa(q_SLHK: Tensor, k: Tensor, v: Tensor, mask: Any = None) -> Tensor:
 
 
 def _sdpa_sequences(form: Form) -> Attend:
-    """One call per sequence."""
+    """Attention by one call per sequence."""
 
     def attend(*inputs: Tensor) -> Tensor:
         sequences = zip(*(x.split(form.lengths) for x in inputs), strict=True)
@@ -159,7 +160,7 @@ def _sdpa_sequences(form: Form) -> Attend:
 
 
 def _sdpa_segments(form: Form) -> Attend:
-    """One call per prompt and one per response, whose keys and values follow a copy of the prompt's."""
+    """Attention by one call per prompt and one per response, whose keys and values follow a copy of the prompt's."""
     from torch.nn.attention.bias import causal_lower_right
 
     segments = []
@@ -204,7 +205,7 @@ def _flash(form: Form, module: str, deterministic: bool) -> Attend:
 
 
 def _flex(form: Form, is_made_anew: bool = False) -> Attend:
-    """Compiled. The mask, made anew in every call or once for all, is of sequences, or of trees that share a prompt."""
+    """Compiled flex_attention with a document or tree mask, made anew in every call or once for all."""
     from torch.nn.attention.flex_attention import flex_attention
 
     compiled, make = torch.compile(flex_attention, dynamic=False), _flex_mask(form)
@@ -220,7 +221,7 @@ def _flex(form: Form, is_made_anew: bool = False) -> Attend:
 
 
 def _flex_mask(form: Form) -> Callable[[], Any]:
-    """What makes the block mask; compiled on a GPU, where it would otherwise need a mask of T x T."""
+    """Function that makes the block mask; compiled on a GPU, which would otherwise need a mask of T x T."""
     from torch.nn.attention.flex_attention import create_block_mask
 
     segments, device, T = list(form.packing.segments()), form.q.device, len(form.q)

@@ -22,7 +22,7 @@ FLOOR = "GEMMs alone"
 SAME_PROBLEM = {torch.float32: 1e-3, torch.bfloat16: 5e-2}
 """Largest error with which a peer still counts as solving the same problem."""
 _CHECK_FLOPS = {"cpu": 3e11, "cuda": 2e14}
-"""Beyond so much arithmetic in fp64 the check is of a part of the rows."""
+"""Arithmetic in fp64 beyond which only a part of the rows is checked."""
 _PREPARATION = 2
 """Runs that a contender needs before it is timed, for the progress."""
 _REMEDIES = {
@@ -33,7 +33,7 @@ _REMEDIES = {
 
 
 class AnyProblem(Protocol):
-    """What measuring needs to know of a problem."""
+    """Problem as the measurement sees it."""
 
     @property
     def device(self) -> torch.device: ...
@@ -51,10 +51,10 @@ P = TypeVar("P", bound=AnyProblem)
 
 @dataclass(frozen=True)
 class Contender(Generic[P]):
-    """prepare brings a problem into the contender's form, outside of what is measured, and returns what is.
+    """Contender for an op.
 
-    It may raise ModuleNotFoundError. absent: why it does not run on this device, if it does not. promise: the most
-    bytes beside inputs and results, where one is made.
+    prepare: brings a problem into the contender's form, untimed, and returns the function that is timed; it may raise
+    ModuleNotFoundError. absent: why it does not run on this device. promise: most bytes beside inputs and results.
     """
 
     name: str
@@ -67,12 +67,11 @@ class Contender(Generic[P]):
 
 @dataclass(frozen=True)
 class Op(Generic[P]):
-    """What is measured.
+    """Op to measure.
 
-    flops: of the arithmetic that nobody can avoid; 0 where there is none. check(problem) solves it in fp64 and returns
-    what gives the errors of a result; none where there are none to speak of. rows_computed: of a result. floor: that
-    arithmetic alone. difference: names of two ops that are measured beside this one, whose time is that of the first
-    less the second's.
+    flops: arithmetic that nobody can avoid, or 0. check(problem): solves it in fp64 and returns a function from a
+    result to its errors, possibly none. rows_computed: rows of a result. floor: that arithmetic alone. difference:
+    names of two ops measured beside this one, whose time is the first's less the second's.
     """
 
     name: str
@@ -85,13 +84,13 @@ class Op(Generic[P]):
 
     @property
     def work(self) -> float:
-        """Of one run, for the progress."""
+        """Work of one run, for the progress."""
         return max(self.flops, 1.0)
 
 
 @dataclass
 class Row:
-    """What is written of one contender at one shape. Seconds are medians; bytes are beside inputs and results."""
+    """Result of one contender at one shape. Seconds are medians; bytes are beside inputs and results."""
 
     op: str
     shape: str
@@ -113,14 +112,14 @@ class Row:
 
 
 def total_work(ops: list[Op[Any]], repetitions: int) -> float:
-    """Of `benchmark`, for the progress."""
+    """Work of `benchmark`, for the progress."""
     return sum(op.work * len(op.contenders) * (_PREPARATION + repetitions) for op in ops)
 
 
 def benchmark(
     ops: list[Op[P]], shape: str, problem: P, repetitions: int, check_rows: int | None, tick: Tick
 ) -> list[Row]:
-    """A row per op and contender, all of which take turns.
+    """Measure all contenders of the ops in turns; a row for each.
 
     check_rows: hold against fp64 about so many rows; None: all, unless that takes too long.
     """
@@ -161,7 +160,7 @@ def benchmark(
 
 
 def _prepared(op: Op[P], contender: Contender[P], problem: P, part: P, check: Check, row: Row) -> Run | None:
-    """What is to be timed, checked and warm; or None, with the reason in the row."""
+    """Function to time, checked and warm; or None, with the reason in the row."""
 
     def without(status: str, reason: str) -> None:
         row.status, row.reason = status, reason

@@ -1,8 +1,8 @@
-"""Who solves the problem: ours, plain PyTorch, and the peers, each in the form its authors recommend.
+"""Contenders for the head: ours, plain PyTorch, and the peers, each in the form its authors recommend.
 
-`prepare` brings the problem into the contender's layout, outside of what is measured, and returns what is: a function
-without arguments. For the loss it gives (loss, dhidden, dweight), for scoring (logprob_T,). A padded dhidden is
-[S, L, D], one of single tokens [T, 1, D].
+`prepare` brings the problem into the contender's form, untimed, and returns the function that is timed. It gives
+(loss, dhidden, dweight) for the loss and (logprob_T,) for scoring. A padded dhidden is [S, L, D], one of single tokens
+[T, 1, D].
 
 T loss rows, S responses, L the longest response, V vocabulary, D hidden.
 """
@@ -23,7 +23,7 @@ from triton_kernels import Objective, linear_grpo_loss, linear_logprob
 
 OBJECTIVE = Objective(clip_low=CLIP, clip_high=CLIP, kl_coef=KL_COEF)
 CONTRACT = {torch.float32: 1e-5, torch.bfloat16: 4e-3}
-"""Largest error that is allowed to ours."""
+"""Largest error allowed to ours."""
 
 
 def loss_op(shape: Shape, device: str, workspaces: list[int]) -> Op[Problem]:
@@ -55,7 +55,7 @@ def loss_op(shape: Shape, device: str, workspaces: list[int]) -> Op[Problem]:
 
 
 def scoring_op(shape: Shape, device: str) -> Op[Problem]:
-    """Log-probabilities of the targets without gradients: what scoring by the old and the reference model needs."""
+    """Log-probabilities of the targets without gradients, as for the old and the reference model."""
 
     def check(problem: Problem) -> Check:
         exact_T = exact_logprobs(problem)
@@ -72,8 +72,11 @@ def scoring_op(shape: Shape, device: str) -> Op[Problem]:
 
 
 def promised_bytes(problem: Problem, workspace_bytes: int | None, gradients: bool) -> int:
-    """What ours may take: the workspace and some numbers per row, and of the loss the gradients that the forward pass
-    has saved (that of the weight in fp32), whose product with the upstream gradient are the results."""
+    """Most bytes that ours may take beside inputs and results.
+
+    The workspace and some numbers per row; for the loss also the gradients that the forward pass saved (the weight's in
+    fp32), whose product with the upstream gradient are the results.
+    """
     T, D, V = problem.shape.T, problem.shape.D, problem.shape.V
     if workspace_bytes is None:
         workspace_bytes = 2**26 if problem.device.type == "cpu" else 2**31
@@ -141,7 +144,7 @@ def scoring_contenders(device: str) -> list[Contender]:
 
 
 def dense_logprobs(hidden_TD: Tensor, weight_VD: Tensor, target_T: Tensor) -> Tensor:
-    """All logits in the operands' type, softmax in fp32."""
+    """Log-probabilities from all logits in the operands' type, softmax in fp32."""
     logits_TV = (hidden_TD @ weight_VD.T).float()
     return logits_TV.log_softmax(-1).gather(1, target_T[:, None]).squeeze(1)
 
@@ -151,7 +154,7 @@ def dense_loss(hidden_TD: Tensor, weight_VD: Tensor, target_T: Tensor, *rows: Te
 
 
 def with_precision(prepare: Callable[[Problem], Run], precision: str) -> Callable[[Problem], Run]:
-    """fp32 GEMMs of a contender in "highest" (fp32) or "high" (TF32 where the GPU has it); PyTorch's default else."""
+    """Set the precision of a contender's fp32 GEMMs: "highest" (fp32) or "high" (TF32 if the GPU has it)."""
 
     def prepare_with(problem: Problem) -> Run:
         run = prepare(problem)
@@ -238,7 +241,7 @@ def _liger_fused(problem: Problem, layout: str) -> Run:
 
 
 def _liger_triton(problem: Problem) -> Run:
-    """On logits of L + 1 positions, the last of which it leaves out; as a model gives them."""
+    """Liger's loss on logits of L + 1 positions, as a model gives them; it leaves the last one out."""
     from liger_kernel.transformers.grpo_loss import triton_grpo_loss  # pyright: ignore[reportMissingImports]
 
     x = problem.padded()

@@ -1,11 +1,11 @@
-"""`python -m benchmarks.corpus`: pages per second and core of each step of the corpus, and how cost grows with pages.
+"""Benchmark of the corpus: pages per second and core of each step, and the growth of cost with pages.
 
 Two measurements, on synthetic webs (dsm_train/corpus/demo/synthetic_web.py) or on your own WARC files:
 
 - extraction: `html_to_text`, with mathematics, charset and language, beside resiliparse's plain extraction of the same
   pages, page by page in turns, in one process on one core;
-- steps: each step of `dsm-train corpus` over webs of growing size. What is counted is processor time of the step and
-  all its workers, their start included, and the most memory that any worker held.
+- steps: each step of `dsm-train corpus` over webs of growing size: processor time of the step and all its workers,
+  their start included, and the most memory that any worker held.
 """
 
 from __future__ import annotations
@@ -44,8 +44,7 @@ from dsm_train.data.tokenizer import train_tokenizer
 
 _PACKAGES = ("datatrove", "FastWARC", "Resiliparse", "fasttext-numpy2", "tokenizers", "numpy", "pyarrow")
 _TRAINED_ON = 2000
-"""Pages of each kind that the classifier is trained on, as few in the largest web as in the smallest: training is on
-so many pages as one asks for, not on all."""
+"""Pages of each kind that the classifier is trained on, in every web: their number does not grow with the web."""
 _LARGEST = 1 << 24
 """Bytes of the largest page that is compared; the step extract leaves larger ones out by default."""
 _PEER = "resiliparse, plain text"
@@ -53,7 +52,7 @@ _PEER = "resiliparse, plain text"
 
 @dataclass(frozen=True)
 class ExtractRow:
-    """A way to extract text, over the same pages as the others."""
+    """Result of a way to extract text, over the same pages as the others."""
 
     pages_of: str
     contender: str
@@ -70,12 +69,12 @@ class ExtractRow:
 
 @dataclass(frozen=True)
 class StepRow:
-    """A step over a web."""
+    """Result of a step over a web."""
 
     step: str
     web_pages: int
     pages: int
-    """What the step was given."""
+    """Pages given to the step."""
     text_bytes: float
     """Bytes of text per page, on average; of HTML, for extraction."""
     cpu_seconds: float
@@ -177,7 +176,7 @@ class Meter:
 
 
 def measure_steps(folder: Path, pages: int, config: CorpusConfig, padding: int, seed: int) -> list[StepRow]:
-    """Every step over a new web of so many pages."""
+    """Measure every step over a new web of so many pages."""
     truth, meter, rows = make(folder / "web", seed, pages, padding), Meter(), []
     config = replace(
         config,
@@ -252,7 +251,7 @@ def with_growth(rows: Sequence[StepRow]) -> list[StepRow]:
 
 
 def tables(extraction: Sequence[ExtractRow], steps: Sequence[StepRow]) -> str:
-    """For the terminal."""
+    """Tables for the terminal."""
     lines = []
     if extraction:
         width = max(len(row.pages_of) for row in extraction)
@@ -387,7 +386,7 @@ def _compared(options: argparse.Namespace, scratch: Path) -> Iterator[tuple[str,
 
 
 def _expected(steps: Sequence[StepRow], pages: int) -> str:
-    """How long the next size will take, as the last one suggests."""
+    """Time that the next size will take, extrapolated from the last one."""
     if not steps:
         return ""
     last = steps[-1].web_pages

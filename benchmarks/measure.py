@@ -1,4 +1,4 @@
-"""Time, memory and error of what contenders do.
+"""Time, memory and error of contenders.
 
 T loss rows, V vocabulary, D hidden.
 """
@@ -27,7 +27,7 @@ METERS = {
     "cuda": "torch.cuda.max_memory_allocated",
 }
 _PEAKS = {"A100": 312e12, "H100": 989.5e12, "H200": 989.5e12}
-"""FLOP/s of dense products in bf16 and fp16; of Hopper in its SXM form."""
+"""FLOP/s of dense products in bf16 and fp16; Hopper's are those of its SXM form."""
 
 Name = TypeVar("Name", bound=Hashable)
 
@@ -40,7 +40,7 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
 
 
 def named_peak(name: str) -> float | None:
-    """Of a device as CUDA names it; None for parts of one and for those of less power."""
+    """Peak of a device as CUDA names it; None for a MIG slice and for variants of less power."""
     match = re.search(r"\b(A100|H100|H200)\b", name)
     if match is None or "MIG" in name or (match[1] != "A100" and re.search("PCIe|NVL", name)):
         return None
@@ -48,7 +48,7 @@ def named_peak(name: str) -> float | None:
 
 
 def peak_bytes(run: Callable[[], object], device: torch.device) -> int:
-    """Most bytes alive at once of those that `run` has allocated, its result included. See METERS."""
+    """Most bytes alive at once that `run` allocated, its result included. See METERS."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
@@ -75,14 +75,14 @@ def tensor_bytes(tensors: tuple[Tensor, ...]) -> int:
 
 
 def clock(device: torch.device) -> str:
-    """What `seconds` reads. A thread that is off its core while others run has used none of it meanwhile."""
+    """Name of the clock that `seconds` reads. CPU time does not advance while other processes hold the core."""
     if device.type == "cuda":
         return "CUDA events"
     return "CPU time of the process" if torch.get_num_threads() == 1 else "wall clock"
 
 
 def seconds(run: Callable[[], object], device: torch.device) -> float:
-    """Of one call. See `clock`."""
+    """Seconds of one call, by `clock`."""
     if device.type == "cuda":
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         begin.record()
@@ -141,7 +141,7 @@ def relative(x: Tensor, exact: Tensor) -> float:
 
 @dataclass
 class Progress:
-    """One line per step on stderr, with the time left as the work done so far suggests."""
+    """Progress on stderr: a line per step, with the time left extrapolated from the work done."""
 
     total: float
     quiet: bool = False
@@ -149,7 +149,7 @@ class Progress:
     started: float = field(default_factory=time.monotonic)
 
     def tick(self, work: float, text: str) -> None:
-        """`work` is that of the step which begins."""
+        """Show a line; `work` is that of the step that begins."""
         elapsed = time.monotonic() - self.started
         left = (
             f"about {elapsed * (self.total - self.done) / self.done:.0f} s left" if self.done else "time left unknown"

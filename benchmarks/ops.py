@@ -1,4 +1,4 @@
-"""`python -m benchmarks.ops`: time, memory and error of the ops beside plain PyTorch and other libraries.
+"""Benchmark of the ops: time, memory and error beside plain PyTorch and other libraries.
 
 Every contender solves the same problem in the same process, is first held against fp64, and then takes turns with the
 others. One that is not installed, does not run here, or computes something else has a row that says so.
@@ -47,12 +47,12 @@ _COLUMNS = """columns:
   x ours     median over the repetitions of the time over that of ours in the same repetition: above 1 is slower
   of floor   the time of the GEMMs that nobody can avoid, at the same shapes and in the same types, over the time: three
              for loss and gradients, one for log-probabilities
-  TFLOP/s    arithmetic that nobody can avoid, over the time: those GEMMs; of attention the pairs that see each other,
+  TFLOP/s    arithmetic that nobody can avoid, over the time: those GEMMs; for attention the pairs that see each other,
              a shared prompt once, whatever else is computed (4 H K per pair, 2.5 times that backward)
   of peak    the same over what the device can do at most, where that is known
   extra MiB  most memory alive at once beside inputs and results
-  errors     from fp64: of the loss relative to the sum of its terms' absolute values, of log-probabilities the largest
-             |error| / (1 + |logp|), of all else relative by Frobenius norm
+  errors     from fp64: the loss relative to the sum of its terms' absolute values, log-probabilities by the largest
+             |error| / (1 + |logp|), all else relative by Frobenius norm
 
 examples:
   python -m benchmarks.ops --quick                                  does everything run?
@@ -75,7 +75,7 @@ class Case:
 
 
 def cases(options: argparse.Namespace, device: torch.device) -> list[Case]:
-    """What the command line asks for."""
+    """Cases that the command line asks for."""
     made = []
     workspaces = [mib * 2**20 for mib in options.workspaces]
     for shape in options.shapes:

@@ -33,7 +33,7 @@ class Shape:
 
     @classmethod
     def parse(cls, text: str) -> Shape:
-        """From "TxDxV". Raises `ValueError` for anything else."""
+        """Parse "TxDxV". Raises `ValueError` for anything else."""
         parts = text.lower().split("x")
         if len(parts) != 3 or not all(part.isdecimal() and int(part) > 0 for part in parts):
             raise ValueError(f"a shape is TxDxV, rows x hidden x vocabulary, such as 1024x512x50257; got {text!r}")
@@ -41,7 +41,7 @@ class Shape:
 
     @property
     def gemm_flops(self) -> float:
-        """Of one product of this shape."""
+        """FLOPs of one product of this shape."""
         return 2.0 * self.T * self.D * self.V
 
     def __str__(self) -> str:
@@ -50,7 +50,7 @@ class Shape:
 
 @dataclass(frozen=True)
 class Padded:
-    """The rows as [S, L]: what ops take that know no packed sequences. mask_SL is 1 where there is a row."""
+    """Rows as [S, L], for ops that know no packed sequences. mask_SL is 1 for a row, 0 for padding."""
 
     hidden_SLD: Tensor
     target_SL: Tensor
@@ -104,7 +104,7 @@ class Problem:
         return torch.full_like(self.old_logprob_T, 1 / len(self.old_logprob_T))
 
     def head(self, rows: int) -> Problem:
-        """The problem of the first responses alone, as many as have `rows` rows; all where it has no more."""
+        """Problem of the first responses alone, as many as have `rows` rows."""
         count = next((s for s in range(1, len(self.lengths)) if sum(self.lengths[:s]) >= rows), len(self.lengths))
         T = sum(self.lengths[:count])
         return replace(

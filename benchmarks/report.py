@@ -1,4 +1,4 @@
-"""Where the numbers come from, and how they are shown: a table, JSON rows, a plot."""
+"""Provenance of the numbers, and their forms: a table, JSON rows, a plot."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def cpu_name() -> str:
 
 
 def commit() -> str | None:
-    """With "+" where files that git tracks have changed; None outside of a checkout."""
+    """Hash of the commit, with "+" if files of the checkout have changed; None outside of a checkout."""
     try:
         git = ["git", "-C", str(Path(__file__).parent)]
         commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
@@ -69,7 +69,7 @@ def version(package: str) -> str | None:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """For the terminal: one op at one shape, without the columns that are empty."""
+    """Table for the terminal: one op at one shape, without empty columns."""
     columns: list[tuple[str, str, Callable[[float], str]]] = [
         ("ms", "seconds", lambda x: f"{1e3 * x:.2f}"),
         ("x ours", "ratio_to_ours", lambda x: f"{x:.2f}"),
@@ -94,7 +94,7 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def path(out: Path | None, common: dict[str, Any], name: str) -> Path:
-    """Where the rows go: `out` as it is where it ends in .jsonl, else a file in it of name, device and date."""
+    """Path of the rows: `out` itself if it ends in .jsonl, else a file in it named by `name`, device and date."""
     out = RESULTS if out is None else out
     if out.suffix != ".jsonl":
         device = re.sub(r"[^a-z0-9]+", "-", common["device"].lower()).strip("-")
@@ -104,12 +104,12 @@ def path(out: Path | None, common: dict[str, Any], name: str) -> Path:
 
 
 def write(rows: list[dict[str, Any]], path: Path) -> None:
-    """One row per line."""
+    """Write one row per line."""
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
 def draw(rows: list[dict[str, Any]], path: Path) -> None:
-    """The plot, where matplotlib is installed."""
+    """Draw the plot if matplotlib is installed."""
     print(f"\nrows: {path.with_suffix('.jsonl')}")
     try:
         plot(rows, path)
