@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention import varlen
 
-from benchmarks import attention_contenders, contenders, ops
+from benchmarks import attention_contenders, contenders, ops, report
 from benchmarks.attention import AttentionProblem, Heads, Packing, exact_attention, make_attention
 from benchmarks.compare import Contender, Op, Row, Run, benchmark
 from benchmarks.contenders import CONTRACT
@@ -88,6 +88,15 @@ def test_from_the_command_line_to_rows_and_plot(
         assert row["status"] == "absent" and reason in row["reason"] and row["seconds"] is None
     output = capsys.readouterr()
     assert "absent: " in output.out and "Liger Triton" in output.out and " s left]" in output.err
+
+
+def test_quick_says_that_its_times_mean_nothing_and_leaves_the_results_alone(
+    cheap: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["--quick", "--device", "cpu", "--op", "linear_logprob", "--contenders", "ours", "--deviation", "4"]
+    path = ops.main(arguments)
+    assert report.RESULTS not in path.parents and "nothing about speed" in capsys.readouterr().out
+    assert rows_of(path)["linear_logprob", "ours"]["deviation"] == 4
 
 
 def wrong(problem: Problem) -> Run:

@@ -24,7 +24,10 @@ def draw(path: Path) -> None:
             arrow(axes, (x - GAP, top + HEIGHT / 2), (x, top + HEIGHT / 2))
     right = left + 2 * (WIDTH + GAP) + 0.1
     text(axes, right, top + 0.75, "40 billion pages in the paper.", ha="left", fontsize=9)
-    words = "A step is a list of tasks, one per shard; a task is done\nwhen its counts file exists, so a killed run resumes."
+    words = (
+        "A step is a list of tasks, one per shard; a task is done\n"
+        "when its counts file exists, so a killed run resumes."
+    )
     text(axes, right, top + 0.36, words, ha="left", fontsize=9, linespacing=1.4)
 
     box(axes, left - 0.15, 1.75, 11.4, 2.85, "#fafafa", ls="--")

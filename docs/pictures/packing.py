@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+from matplotlib.axes import Axes
 from style import INK, MARK, PROMPT, QUIET, RESPONSES, canvas, cell, save, text
 
 from dsm_train.packing.microbatch import MicroBatch
@@ -83,7 +84,7 @@ def color_of(response: int) -> str:
     return PROMPT if response < 0 else RESPONSES[response]
 
 
-def mask(axes, batch: MicroBatch, owner: list[int]) -> None:
+def mask(axes: Axes, batch: MicroBatch, owner: list[int]) -> None:
     """Tokens that each token sees, read off the attention op: queries and keys of zero see all of them alike."""
     count, head = len(owner), 16
     zero_THK, one_THK = torch.zeros(count, 1, head), torch.eye(count, head)[:, None]

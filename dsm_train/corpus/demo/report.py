@@ -212,9 +212,9 @@ def plot(outcome: Outcome, rankings: Sequence[Ranking], path: Path) -> None:
         right.plot(thousands, ranking.precision_P, color="tab:orange", alpha=alpha, label=f"precision, round {number}")
     right.axvline(outcome.rounds[-1].tokens / 1e3, color="gray", linewidth=1, label="the budget")
     right.set(title="what other budgets would have collected", xlabel="budget, thousand tokens", ylim=(0, 1.03))
-    for axes in (left, right):
+    for axes, x in ((left, 0.01), (right, 0.5)):
         axes.axhline(_GOAL, color="gray", linewidth=0.8, linestyle=":")
-        place = {"x": 0.01, "y": _GOAL - 0.01, "transform": axes.get_yaxis_transform(), "ha": "left", "va": "top"}
+        place = {"x": x, "y": _GOAL - 0.01, "transform": axes.get_yaxis_transform(), "ha": "left", "va": "top"}
         axes.text(s=f"goal of the demo: {_GOAL}", fontsize=7, color="gray", **place)
         axes.grid(alpha=0.25)
         axes.legend(fontsize=8, loc="lower right" if axes is left else "center right")
