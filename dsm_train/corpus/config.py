@@ -1,4 +1,4 @@
-"""Configuration of `dsm-train corpus`: one frozen dataclass per step; the defaults are the paper's where it has them.
+"""Configuration of `dsm-train corpus`: one frozen dataclass per step, with the paper's values as defaults.
 
 DeepSeekMath (arXiv:2402.03300), section 2.1. The sentence below a field is its help.
 """
@@ -200,7 +200,7 @@ class DecontaminateConfig:
     """Step `decontaminate`: no page holds a benchmark's question or answer."""
 
     inputs: Path | None = None
-    """Folder of pages to decontaminate; none: what the last round collected."""
+    """Folder of pages to decontaminate; none: the collection of the last round."""
     benchmarks: tuple[str, ...] = ()
     """JSONL files of benchmark items (question, answer)."""
     ngram: int = 10
@@ -219,7 +219,7 @@ class TokeniseConfig:
     """Step `tokenise`: pages to Megatron's indexed dataset."""
 
     inputs: Path | None = None
-    """Folder of pages to tokenise; none: what decontaminate wrote."""
+    """Folder of pages to tokenise; none: the output of decontaminate."""
 
 
 @dataclass(frozen=True)

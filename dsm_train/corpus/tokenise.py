@@ -20,7 +20,7 @@ from dsm_train.corpus.engine.page import read_pages, replacing
 from dsm_train.data.tokenizer import Tokenizer, load_tokenizer
 
 NAME = "corpus"
-"""The dataset is OUT/dataset/corpus.bin and corpus.idx: what Megatron calls its prefix is OUT/dataset/corpus."""
+"""Name of the dataset: OUT/dataset/corpus.bin and corpus.idx, with OUT/dataset/corpus as Megatron's prefix."""
 _BLOCK = 1 << 20
 """Characters encoded at once: the tokenizer takes a hundred bytes of memory per token."""
 

@@ -37,7 +37,7 @@ _PAGES, _CHARS = 1 << 12, 1 << 18
 _SHOWN = 1000
 """Characters of a removed segment that the report shows."""
 _WORST = 20
-"""Benchmark items that the summary names: those that most was removed for."""
+"""Benchmark items that the summary names: those with most removals."""
 
 
 @dataclass(frozen=True)
@@ -165,7 +165,7 @@ def decontaminate(config: DecontaminateConfig, engine: EngineConfig, inputs: Seq
 
 
 def run(config: CorpusConfig) -> StepReport:
-    """Run the step `decontaminate`: decontaminate.inputs, or what the last round collected, to OUT/decontaminate."""
+    """Run the step `decontaminate`: decontaminate.inputs, or the last round's collection, to OUT/decontaminate."""
     out = config.run.out
     inputs = finished_shards(config.decontaminate.inputs or collected_folder(out))
     return decontaminate(config.decontaminate, config.engine, inputs, out / "decontaminate")

@@ -142,7 +142,7 @@ class _Rows:
     kind: Kind
     near: Near | None
     before: tuple[Path, ...]
-    """Folders of what went for other reasons."""
+    """Folders that list the pages gone for other reasons."""
     sizes: Sizes
 
     def __call__(self, task: Task) -> Mapping[str, int]:

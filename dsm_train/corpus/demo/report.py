@@ -166,7 +166,7 @@ def _host(page: PageTruth) -> str:
 
 
 def table(outcome: Outcome) -> str:
-    """The rounds, and what is left of what was planted, for the terminal."""
+    """Table for the terminal: the rounds, and the planted pages that are left."""
     planted = outcome.hidden_sites_planted
     lines = ["round  pages   tokens  recall  precision  recall at last budget  hidden: recall  sites found"]
     for row in outcome.rounds:

@@ -31,7 +31,7 @@ _CLAIM = "step.json"
 
 
 class StepError(ValueError):
-    """A step that did not finish, in one line: what happened, what is kept, what to do."""
+    """Failure of a step, in one line: the cause, what is kept, the remedy."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -36,7 +36,7 @@ _PRELOADED = [
 ]
 """Slow imports that workers need, done once by the process they are forked from."""
 _FAILURES_AT_START = 16
-"""After so many failed shards without a finished one, the remaining shards are not tried."""
+"""Number of failed shards, without a finished one, after which the remaining shards are not tried."""
 _SLURM_SECONDS = 10.0
 """Time between two questions to Slurm whether the job is still there."""
 
@@ -124,7 +124,7 @@ class _Local(LocalPipelineExecutor):
             self._run_for_rank(rank, local_rank=1)
 
     def _alone(self, rank: int) -> _Local:
-        """This executor with one rank's job in it, so that what is sent to a worker does not grow with the step."""
+        """This executor with one rank's job in it, so that the message to a worker does not grow with the step."""
         alone = copy.copy(self)
         alone.pipeline = [_Jobs({rank: self.pipeline[0].jobs[rank]})]  # type: ignore[union-attr]
         return alone

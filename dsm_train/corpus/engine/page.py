@@ -86,8 +86,8 @@ def write_pages(path: str | Path, pages: Iterable[Page]) -> int:
 def read_pages(path: str | Path) -> Iterator[Page]:
     """Read a shard page by page.
 
-    Shards from elsewhere need no more than `text`: what else they lack is "", and the id that of URL and date. Raises
-    ValueError with the place and the remedy for a shard that is truncated, or holds something else.
+    Shards from elsewhere need only `text`: missing fields are "", and the id is that of URL and date. Raises ValueError
+    with the place and the remedy for a shard that is truncated, or holds something else.
     """
     path = Path(path)
     number = 0
@@ -110,7 +110,7 @@ def read_pages(path: str | Path) -> Iterator[Page]:
 
 
 def page_batches(pages: Iterable[Page], most: int, chars: int) -> Iterator[list[Page]]:
-    """Pages in lists of at most so many, each of which ends where its texts reach so many characters."""
+    """Batches of at most `most` pages; a batch ends once its texts reach `chars` characters."""
     batch: list[Page] = []
     size = 0
     for page in pages:

@@ -107,7 +107,7 @@ def load_rules(path: Path) -> tuple[Rule, ...]:
 
 
 def apply_rules(rules: Sequence[Rule], prefixes: Iterable[Count], base: Annotations) -> Annotations:
-    """Decide prefixes by rules; what `base` says about a prefix stays, unless a rule decides it."""
+    """Decide prefixes by rules; a decision of `base` stays unless a rule decides the prefix."""
     decided = dict(base.decisions)
     for count in prefixes:
         for rule in rules:
@@ -172,7 +172,7 @@ def _read_yaml(path: Path, names: set[str]) -> dict[str, Any]:
 
 
 def _prefixes(path: Path, name: str, value: Any) -> tuple[str, ...]:
-    """The prefixes of a list, as `url_prefixes` writes them: what a person copied from an address bar will do."""
+    """Prefixes of a list, as `url_prefixes` writes them; URLs copied from an address bar are accepted."""
     if not value:
         return ()  # everything in it is commented out
     if not isinstance(value, list) or not all(isinstance(item, str) for item in value):

@@ -136,7 +136,7 @@ class Scorer:
 
     @staticmethod
     def load(model: Path, config: ClassifierConfig, tokenizer: TokenizerConfig) -> Scorer:
-        """Load a model and what cuts its features."""
+        """Load a model with the features it was trained on."""
         return Scorer(model, Features(config, tokenizer))
 
     def score(self, texts: Iterable[str]) -> list[float]:

@@ -174,7 +174,7 @@ class Merge:
 
 
 def num_parts(pages: int) -> int:
-    """Parts that counts over so many pages are dealt into."""
+    """Number of parts for counts over this many pages."""
     return min(_MOST_PARTS, 1 + pages // _PAGES_PER_PART)
 
 

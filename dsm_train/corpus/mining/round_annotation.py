@@ -28,7 +28,7 @@ _SNIPPET = 400
 
 @dataclass(frozen=True)
 class Shard:
-    """A shard of pages and what is known of them."""
+    """Shard of pages, with their index and scores."""
 
     pages: Path
     index: Path

@@ -138,7 +138,7 @@ def annotate_step(config: CorpusConfig) -> None:
 
 
 def seed_shards(seeds: Iterable[str]) -> tuple[Path, ...]:
-    """The shards that rounds.seeds names: files, or folders of them. Raises ValueError for what is neither."""
+    """Shards that rounds.seeds names: files, or folders of them. Raises ValueError for anything else."""
     found: list[Path] = []
     for path in map(Path, seeds):
         if path.is_file() and not path.name.endswith(SUFFIXES):

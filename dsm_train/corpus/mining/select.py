@@ -31,7 +31,7 @@ _SORTED = 1 << 20
 
 RowT = TypeVar("RowT")
 Keys = Callable[[], Iterator[tuple[np.ndarray, np.ndarray]]]
-"""Batches of pages, as often as it is called: what orders them (uint64 [N], the lowest is the best), their tokens."""
+"""Function that yields batches of pages anew: their keys (uint64 [N], the lowest is the best) and their tokens."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +48,7 @@ class ScoreRow:
 
 @dataclass(frozen=True)
 class Cut:
-    """The first page of the ranking that is not collected, and what those before it sum to."""
+    """First page of the ranking that is not collected, and the totals of those before it."""
 
     score: float
     """Pages with a higher score are collected, those with a lower one are not."""

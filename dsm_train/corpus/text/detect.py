@@ -18,8 +18,8 @@ _META = re.compile(
 def decode(data: bytes, charset: str | None = None) -> tuple[str, str]:
     """Text of a page and the encoding it was in; never fails.
 
-    In this order: a byte order mark; UTF-8 where the bytes are that (nothing else is by chance, and headers that say
-    otherwise are wrong); what the HTTP header and then the page declares; a guess. Bytes that do not fit become U+FFFD.
+    In this order: a byte order mark; UTF-8 if the bytes are valid (no other encoding is by chance, and headers that
+    say otherwise are wrong); the charset of the HTTP header, then of the page; a guess. Other bytes become U+FFFD.
     """
     for mark, name in _BOMS:
         if data.startswith(mark):
@@ -79,8 +79,8 @@ _CYRILLIC = {"uk": re.compile("[іїєґ]"), "ru": re.compile("[ыэ]"), "bg": r
 def detect_language(text: str, declared: str = "") -> str:
     """ISO 639-1 code of the language of a text, formulas aside; "" if it cannot be told.
 
-    Chinese, Japanese and Korean are known by their characters. For the others letter statistics decide, and what the
-    page declares where they are close.
+    Chinese, Japanese and Korean are known by their characters. For the others letter statistics decide, and the page's
+    own declaration if they are close.
     """
     sample = text[: 2 * _SAMPLE]
     if "$" in sample:

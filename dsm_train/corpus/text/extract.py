@@ -1,10 +1,10 @@
-"""WARC and WET files to pages: the first step of the corpus.
+"""Extraction of pages from WARC and WET files: the first step of the corpus.
 
     counts = Counter()
     for page in extract_file(Path("CC-MAIN-....warc.gz"), config.extract, counts): ...
 
 Records stream by, one in memory at a time. A record that cannot be used is counted under the reason, and a file that
-ends before its time gives what could be read: nothing that stands in a file stops the step.
+ends early gives the pages that could be read: no content of a file stops the step.
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ def extract_file(path: str | Path, config: ExtractConfig, counts: Counter[str]) 
 
 
 def _records(file: BinaryIO, limit: int, counts: Counter[str]) -> Iterator[tuple[WarcRecord, bytes]]:
-    """Responses and conversions, each with up to `limit` bytes of its content; what is damaged is passed over."""
+    """Responses and conversions, each with up to `limit` bytes of its content; damaged records are skipped."""
     position: int | None = 0
     damaged = False
     while position is not None:

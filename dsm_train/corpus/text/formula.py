@@ -187,7 +187,7 @@ def is_script(tag: str, attributes: str, before: str, content: str, after: str, 
 
 
 OPEN, CLOSE = "\x03", "\x04"
-"""Stand for the braces of a script until `scripts_as_formulas` finds what belongs to it."""
+"""Placeholders for the braces of a script until `scripts_as_formulas` finds its base."""
 _RAISED = r"[\^_]\x03(?:[^\x03\x04]|\x03[^\x03\x04]{0,200}\x04){0,200}+\x04"
 _PIECE = (
     r"[A-Za-z0-9\u0370-\u03ff+−±∓*/=<>≤≥≠≈×·⋅°′|!∈→∞∂∇∑∏∫√ℓℏ\[\]]|-(?![A-Za-z]{3})|[.,](?=\d)|(?<=\d) [×·⋅] (?=\d)"
@@ -200,11 +200,11 @@ _SCRIPTED = re.compile(
     rf"(\$\$[^$]*\$\$|\$(?!\s)[^$]+(?<!\s)\$(?!\d))((?:{_RAISED})*)"
     rf"|(?<![A-Za-z0-9_])(?:{_PIECE}){{0,60}}(?:(?:{_RAISED}|{_GROUP})(?:{_PIECE}){{0,60}}+)++"
 )
-"""A formula, which may have scripts outside of it, or whatever has scripts."""
+"""Formula, possibly with scripts outside of it, or any text with scripts."""
 
 
 def scripts_as_formulas(line: str) -> str:
-    """A line of text with its superscripts and subscripts, and what they stand at, as formulas in `$..$`."""
+    """Line of text with its superscripts and subscripts, each with its base, as formulas in `$..$`."""
     line = _SCRIPTED.sub(_scripted, line)
     return line.replace(f"{OPEN} ", "{").replace(f" {CLOSE}", "}").replace(OPEN, "{").replace(CLOSE, "}")
 

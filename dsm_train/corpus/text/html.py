@@ -26,7 +26,7 @@ class NestedTooDeep(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class Extracted:
-    """Text of a page and what was found out about it."""
+    """Text of a page, with its language, character set and number of formulas."""
 
     text: str
     """Main text, mathematics as LaTeX; "" if the page shows none."""
@@ -87,7 +87,7 @@ _LEAF = re.compile(
 
 
 def _reduced(markup: str) -> str:
-    """Links marked, and inline elements that say nothing, such as those that highlight code, unwrapped."""
+    """Markup with its links marked and meaningless inline elements, such as code highlighting, unwrapped."""
     markup = "".join(_LEAF.split(markup))
     return markup.replace("<a ", "\x01<a ").replace("</a>", "</a>\x02")
 

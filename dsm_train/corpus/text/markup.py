@@ -99,7 +99,7 @@ class Markup:
 
     def __init__(self, source: str) -> None:
         self.formulas = 0
-        """Formulas found; superscripts and subscripts of HTML are not counted, nor what stands in `$..$` already."""
+        """Formulas found; superscripts and subscripts of HTML are not counted, nor formulas that stand in `$..$` already."""
         self._source = source
         self._out: list[str] = []
         self._copied = 0  # how far the source has gone into `_out`
@@ -237,7 +237,7 @@ class Markup:
         return self._replace(start, end, ("^" if name == "sup" else "_") + ("{" if code else OPEN))
 
     def _made(self, name: str, attributes: str, start: int, end: int) -> int:
-        """An element that shows a formula in a library's own way, or what a library adds to one."""
+        """Handle an element that a library made for a formula, or added to one."""
         inner, outer = self._balanced(name, end) if self._empty < _PATIENCE else (0, 0)
         if not outer:
             return end

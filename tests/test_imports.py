@@ -1,0 +1,66 @@
+"""Imports go one way: no circles, no arrow from a lower floor to a higher one, one importer of Megatron."""
+
+from __future__ import annotations
+
+import ast
+import graphlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+FILES = {
+    ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
+    for package in ("dsm_train", "triton_kernels")
+    for path in sorted((ROOT / package).rglob("*.py"))
+}
+CORPUS = ("config", "engine", "text cleaning", "mining", "tokenise", "demo", "stage")
+"""Floors of the corpus from the lowest to the highest; neighbours on a floor do not import each other."""
+
+
+def imported(path: Path) -> Iterator[str]:
+    """Names of modules that a file imports, inside functions too; types that only checkers read are left out."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    for_checkers = {
+        child
+        for node in ast.walk(tree)
+        if isinstance(node, ast.If) and ast.unparse(node.test).endswith("TYPE_CHECKING")
+        for child in ast.walk(node)
+    }
+    for node in ast.walk(tree):
+        if node in for_checkers:
+            continue
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            modules = [f"{node.module}.{alias.name}" for alias in node.names]
+            yield from (module if module in FILES else node.module for module in modules)
+
+
+def test_no_module_imports_itself_through_others() -> None:
+    graph = {name: {other for other in imported(path) if other in FILES} for name, path in FILES.items()}
+    try:
+        graphlib.TopologicalSorter(graph).prepare()
+    except graphlib.CycleError as error:
+        pytest.fail(" <- ".join(error.args[1]))
+
+
+def test_megatron_is_imported_in_one_place_and_the_kernels_stand_alone() -> None:
+    for name, path in FILES.items():
+        roots = {module.partition(".")[0] for module in imported(path)}
+        if not name.startswith("dsm_train.megatron"):
+            assert "megatron" not in roots, name
+        if name.startswith("triton_kernels"):
+            assert "dsm_train" not in roots, name
+
+
+def test_the_corpus_is_built_in_floors() -> None:
+    floor = {room: height for height, rooms in enumerate(CORPUS) for room in rooms.split()}
+    for name, path in FILES.items():
+        if not name.startswith("dsm_train.corpus."):
+            continue
+        room = name.split(".")[2]
+        for module in imported(path):
+            other = module.split(".")[2] if module.startswith("dsm_train.corpus.") else room
+            assert other == room or floor[other] < floor[room], f"{name} imports {module}"
