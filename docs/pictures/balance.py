@@ -8,8 +8,7 @@ from pathlib import Path
 import torch
 from style import MARK, PROMPT, QUIET, RESPONSES, canvas, cell, save, text
 
-from dsm_train.packing.cost import Load as Cost
-from dsm_train.packing.cost import cut_evenly
+from dsm_train.packing.cost import Cost, cut_evenly
 
 OWN = (5, 4, 6, 6, 8, 5, 7, 3, 4, 2)
 PROMPTS, GROUPS, REPLICAS = (6, 4, 5), (0, 3, 7, 10), 3
