@@ -1,4 +1,4 @@
-"""Imports go one way: no circles, no arrow from a lower floor to a higher one, one importer of Megatron."""
+"""Imports go one way: no circles, no arrow from a lower floor to a higher one."""
 
 from __future__ import annotations
 
@@ -44,15 +44,6 @@ def test_no_module_imports_itself_through_others() -> None:
         graphlib.TopologicalSorter(graph).prepare()
     except graphlib.CycleError as error:
         pytest.fail(" <- ".join(error.args[1]))
-
-
-def test_megatron_is_imported_in_one_place_and_the_kernels_stand_alone() -> None:
-    for name, path in FILES.items():
-        roots = {module.partition(".")[0] for module in imported(path)}
-        if not name.startswith("dsm_train.megatron"):
-            assert "megatron" not in roots, name
-        if name.startswith("triton_kernels"):
-            assert "dsm_train" not in roots, name
 
 
 def test_the_corpus_is_built_in_floors() -> None:

@@ -346,7 +346,7 @@ def test_what_is_not_installed_is_said_in_one_line(tmp_path: Path, monkeypatch: 
     if importlib.util.find_spec("ray") is None:
         with pytest.raises(ValueError, match="engine.executor=ray needs Ray: pip install"):
             run_step("copy", tasks, Copy(tmp_path / "diary"), EngineConfig(executor="ray"), tmp_path / "out")
-    with pytest.raises(ValueError, match="engine.slurm.partition must be given"):
+    with pytest.raises(ValueError, match="slurm.partition must be given"):
         EngineConfig(executor="slurm")
 
 
