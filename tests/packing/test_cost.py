@@ -32,10 +32,12 @@ def taken(cost: Cost, first: int, last: int) -> int:
 def best(cost: Cost, count: int, size: Cost, max_size: int) -> int | None:
     """The least possible largest cost by trying every cut; None where no cut keeps the sizes."""
     tries, items = [], len(cost.own_S)
+    parts = list(combinations_with_replacement(range(items + 1), 2))
+    cost_of, size_of = ({part: taken(each, *part) for part in parts} for each in (cost, size))
     for inner in combinations_with_replacement(range(items + 1), count - 1):
         cuts = list(pairwise([0, *inner, items]))
-        if all(taken(size, a, b) <= max_size for a, b in cuts):
-            tries.append(max(taken(cost, a, b) for a, b in cuts))
+        if all(size_of[cut] <= max_size for cut in cuts):
+            tries.append(max(cost_of[cut] for cut in cuts))
     return min(tries, default=None)
 
 
@@ -55,15 +57,15 @@ def check(rng: random.Random, items: int, count: int) -> None:
         sizes.append(min(rng.choice([0, 1, 2, 7]), items - sum(sizes)))
     group_cu, shared = offsets(sizes), rng.random() < 0.5
 
-    def costs(own: list[int], prompt: list[int]) -> Cost:
+    def draw(own: list[int], prompt: list[int]) -> Cost:
         return Cost(torch.tensor(own, dtype=torch.int64), shared * torch.tensor(prompt, dtype=torch.int64), group_cu)
 
     # costs of 0, one giant, and costs that do not follow the sizes
-    cost = costs(
+    cost = draw(
         [rng.choice([0, 1, rng.randrange(1, 10), rng.choice([5, 1000])]) for _ in range(items)],
         [rng.choice([0, 3, 20, 500]) for _ in sizes],
     )
-    size = costs([rng.randrange(0, 6) for _ in range(items)], [rng.randrange(0, 5) for _ in sizes])
+    size = draw([rng.randrange(0, 6) for _ in range(items)], [rng.randrange(0, 5) for _ in sizes])
     expected = best(cost, count, size, max_size)
     if expected is None:
         with pytest.raises(ValueError, match=f"more than {count} parts of at most {max_size}"):
