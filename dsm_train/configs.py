@@ -27,13 +27,12 @@ from dsm_train.verify.config import VerifyConfig
 
 
 def check_vocab_size(config: StageConfig) -> None:
-    """Raise `ValueError` when the command line gives the size of a tokenizer to train beside a tokenizer.
+    """Raise `ValueError` when the command line gives the size of a tokenizer to train beside weights that have one.
 
     A recipe may: it is also that of the run whose weights are now `run.init`.
     """
-    brings = "data.tokenizer" if config.data.tokenizer else "run.init" if config.run.init else None
-    if brings and config.given.get("data.vocab_size") == "":
-        raise ValueError(f"data.vocab_size trains a tokenizer at start, and {brings} brings one: leave one out")
+    if config.run.init is not None and config.given.get("data.vocab_size") == "":
+        raise ValueError("data.vocab_size trains a tokenizer at start, and run.init brings one: leave one out")
 
 
 def require_weights(run: RunConfig, stage: str) -> None:

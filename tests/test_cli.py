@@ -360,7 +360,7 @@ steps: 3
     [
         ("grpo", GRPO, ""),
         ("eval", GRPO, "not used by eval: warmup, algorithm, steps"),
-        ("verify-step", GRPO, "not used by verify-step: warmup, steps"),
+        ("verify-step", GRPO, "not used by verify-step: warmup, steps; verify-step reads verify.steps"),
         ("sft", GRPO + "sft: {steps: 5}", "not used by sft: warmup, algorithm, steps; sft reads sft.optim.lr"),
         ("sft", GRPO + "sft: {steps: 5, optim: {lr: 1e-4}}", "not used by sft: warmup, algorithm, steps"),
         ("sft", "steps: 3", "not used by sft: steps; sft reads sft.steps"),
@@ -484,12 +484,12 @@ def test_values_that_cannot_be(stage: str, argument: str, message: str, tmp_path
     assert str(error.value).startswith(message)
 
 
-def test_a_tokenizer_s_size_beside_a_tokenizer(tmp_path: Path):
-    size, tokenizer = "data: {vocab_size: 300}", "data.tokenizer=t"
-    load_stage("eval", tmp_path, size)  # run.init comes from this recipe, perhaps
-    load_stage("grpo", tmp_path, size, tokenizer)  # what the recipe trains is replaced
-    with pytest.raises(ValueError, match="data.vocab_size trains a tokenizer at start, and data.tokenizer brings"):
-        load_stage("grpo", tmp_path, "", tokenizer, "data.vocab_size=300")
+def test_a_tokenizer_s_size_beside_weights_that_bring_a_tokenizer(tmp_path: Path):
+    load_stage("eval", tmp_path, "data: {vocab_size: 300}")  # run.init comes from this recipe, perhaps
+    with pytest.raises(ValueError, match="data.vocab_size trains a tokenizer at start, and run.init brings"):
+        load_stage("grpo", tmp_path, "", "run.init=w", "data.vocab_size=300")
+    with pytest.raises(ValueError, match="data.vocab_size must be left out beside tokenizer = t"):
+        load_stage("grpo", tmp_path, "", "data.tokenizer=t", "data.vocab_size=300")
 
 
 @pytest.mark.parametrize("stage", ["eval", "generate"])

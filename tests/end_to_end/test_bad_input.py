@@ -117,7 +117,7 @@ def test_a_prompt_longer_than_the_limit(tmp_path: Path, capsys: Capsys) -> None:
 
 @pytest.mark.parametrize("arguments", [["warmup.steps=1"], []], ids=["warm-up", "no warm-up"])
 def test_a_solution_longer_than_a_micro_batch(arguments: list[str], tmp_path: Path, capsys: Capsys) -> None:
-    """Only supervised training packs solutions."""
+    """Only supervised training reads solutions."""
     data = write_gsm8k(tmp_path / "data.jsonl", 20)
     heldout = write_gsm8k(tmp_path / "heldout.jsonl", 5)
     long = {"question": "How long?", "answer": "12345" * 30 + "\n#### 1"}
@@ -126,6 +126,8 @@ def test_a_solution_longer_than_a_micro_batch(arguments: list[str], tmp_path: Pa
               "model.max_length=120", "run.max_tokens=120"]  # fmt: skip
     if arguments:
         line = refused(capsys, "grpo", *common, *arguments)
+        assert "task 21," in line and "model.max_length = 120" in line, line
+        line = refused(capsys, "grpo", *common, *arguments, "model.max_length=1000")
         assert "task 21," in line and "run.max_tokens = 120" in line, line
     else:
         run("grpo", *common)
@@ -187,8 +189,8 @@ def test_a_prompt_to_generate_from_is_checked_too(tmp_path: Path, capsys: Capsys
     run("sft", *TINY, f"run.out={tmp_path / 'sft'}", "sft.steps=1", "sampling.max_new_tokens=5")
     common = [*TINY, f"run.out={tmp_path / 'run'}", f"run.init={tmp_path / 'sft' / 'weights'}",
               "sampling.max_new_tokens=5"]  # fmt: skip
-    assert "no token" in refused(capsys, "generate", *common, 'prompts=[""]', has_begun=True)
-    line = refused(capsys, "generate", *common, f"prompts=['{'1+' * 60}']", has_begun=True)
+    assert "no token" in refused(capsys, "generate", *common, 'prompts=[""]')
+    line = refused(capsys, "generate", *common, f"prompts=['{'1+' * 60}']")
     assert "model.max_length = 64" in line and "1+1+" in line
 
 

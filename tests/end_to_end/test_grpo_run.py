@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from commands import GRPO, TINY, WARMUP, metrics, run, run_apart, values, write_gsm8k, write_sevens
+from commands import GRPO, TINY, WARMUP, metrics, refused, run, run_apart, values, write_gsm8k, write_sevens
 
 from dsm_train.rollout.record import read_rollouts
 
@@ -116,7 +116,7 @@ def test_the_same_run_gives_the_same_bits(
     weights = "weights/model.safetensors"
     assert (tmp_path / weights).read_bytes() == (first / weights).read_bytes()
     assert (tmp_path / "samples.jsonl").read_text() == (first / "samples.jsonl").read_text()
-    run("grpo", *GRPO, *WARMUP, f"run.out={tmp_path}", "run.seed=1")
+    run("grpo", *GRPO, *WARMUP, f"run.out={tmp_path}", "run.seed=1", "run.overwrite=true")
     assert values(tmp_path) != values(first)
 
 
@@ -148,11 +148,14 @@ def test_a_recorded_step_is_what_the_update_saw(reuse: tuple[str, ...], tmp_path
     assert rollouts.ref_logprob_T is not None and (rollouts.old_logprob_T is not None) == bool(reuse)
 
 
-def test_an_earlier_run_in_the_folder_is_set_aside(tmp_path: Path) -> None:
-    for seed in (0, 1):
-        run("grpo", *GRPO, f"run.out={tmp_path}", f"run.seed={seed}", "steps=1")
+def test_a_finished_run_is_replaced_only_where_that_is_asked_for(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run("grpo", *GRPO, f"run.out={tmp_path}", "steps=2")
+    assert "run.overwrite=true" in refused(capsys, "grpo", *GRPO, f"run.out={tmp_path}", "steps=1")
+    assert len(metrics(tmp_path)) == 4
+    run("grpo", *GRPO, f"run.out={tmp_path}", "steps=1", "run.overwrite=true")
     assert len(metrics(tmp_path)) == 3
-    assert len((tmp_path / "metrics.jsonl.old").read_text().splitlines()) == 3
 
 
 @pytest.mark.parametrize(

@@ -48,6 +48,6 @@ def test_a_split_model_trains_and_its_weights_serve_one_rank(
     # the weights know nothing of the layout: one rank evaluates them to what the split model said of itself
     after = json.loads((out / "report.json").read_text())["accuracy_after"]
     capsys.readouterr()
-    run("eval", *[argument for argument in GRPO if not argument.startswith(("algorithm", "optim", "steps"))],
+    run("eval", *[argument for argument in GRPO if not argument.startswith(("algorithm", "optim", "steps", "model."))],
         *data, f"run.out={tmp_path / 'eval'}", f"run.init={out / 'weights'}")  # fmt: skip
     assert json.loads((tmp_path / "eval" / "eval.json").read_text())["greedy_accuracy"] == pytest.approx(after)

@@ -51,7 +51,8 @@ def test_a_recorded_step_on_two_ranks(tmp_path: Path) -> None:
     out, record = tmp_path / "run", tmp_path / "step.parquet"
     data = (f"data.path={write_sevens(tmp_path / 'data.jsonl')}", "data.prompt_template={question}=")
     run_on_ranks(2, tmp_path, "grpo", *GRPO, *WARMUP, *data, "warmup.steps=10", "model.num_kv_heads=2",
-                 f"run.out={out}", "algorithm.epochs=2", f"record={record}", "record_step=2")  # fmt: skip
+                 "rewards.unfinished=keep", f"run.out={out}", "algorithm.epochs=2", f"record={record}",
+                 "record_step=2")  # fmt: skip
     rollouts = read_rollouts(record)
     assert rollouts.sequences.num_prompts == 4 and rollouts.sequences.num_responses == 16  # of both replicas
     assert rollouts.old_logprob_T is not None and rollouts.ref_logprob_T is not None

@@ -127,6 +127,7 @@ def test_every_op_says_what_serves_it() -> None:
         "token_kl",
         "grpo_loss",
         "group_grpo_loss",
+        "linear_grpo_loss",
         "linear_logprob",
         "logit_stats",
         "logit_gradient",
