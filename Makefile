@@ -3,7 +3,6 @@
 # make test         install, then all tests that need no GPU and are not slow
 # make test-all     install, then the slow ones too
 # make lint         formatting, lint, types
-# make check        lint beside test
 # Each works as the first command on a machine with Python 3.11 or 3.12 and make. With a C++ compiler the ops run faster on
 # the CPU; make test needs one.
 #
@@ -15,7 +14,7 @@ VENV   ?= .venv
 PY     := $(VENV)/bin/python
 PIP    := $(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: quickstart corpus-demo test test-all check lint clean
+.PHONY: quickstart corpus-demo test test-all lint clean
 
 quickstart: $(VENV)/.train
 	$(PY) -m dsm_train grpo --config recipes/quickstart.yaml
@@ -37,9 +36,6 @@ test: $(VENV)/.dev
 test-all: $(VENV)/.dev
 	$(IN_PARALLEL) $(TEST_PARTS) SELECTED="slow or not slow"
 
-check: $(VENV)/.dev
-	$(IN_PARALLEL) $(TEST_PARTS) lint
-
 test-interpreter-attention: $(VENV)/.dev
 	TRITON_INTERPRET=1 $(PYTEST) tests/ops/attention -m "not no_interpret and not gpu and ($(SELECTED))"
 
@@ -56,7 +52,7 @@ test-rest: $(VENV)/.dev
 	$(PYTEST) tests --ignore=tests/distributed --ignore=tests/end_to_end --ignore=tests/corpus -m "$(SELECTED)"
 
 lint: $(VENV)/.dev
-	$(PY) -m ruff check .
+	$(PY) -m ruff .
 	$(PY) -m ruff format --check .
 	$(PY) -m pyright
 
