@@ -5,7 +5,6 @@ A run records what it samples. The oracle starts from the same weights and the s
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -40,6 +39,7 @@ GRPO = (
     f"steps={STAGES}",
     "algorithm.prompts_per_step=4",
     "algorithm.group_size=4",
+    "rewards.unfinished=keep",  # half of the responses are cut off
     "optim.lr=1e-3",
     # Adam's first steps are the sign of a gradient, and of one that would be 0 the sign is rounding: not with this eps.
     "optim.eps=1e-5",
@@ -135,7 +135,7 @@ def recipe(config: Mapping[str, Any], vocabulary: int) -> Recipe:
 
 def differences(start: Start, result: Trained) -> dict[str, float]:
     """Distance of the run from Algorithm 1, in tolerances, by name of what differs; {}: nothing does."""
-    model = ModelConfig(**json.loads((start.weights / "model.json").read_text()))
+    model = ModelConfig(**result.config["model"])
     policy = llama(model, load_file(start.weights / "model.safetensors"), torch.float64)
     vocabulary = Tokenizer.from_file(str(start.weights / "tokenizer.json")).get_vocab_size()
     asked = recipe(result.config, vocabulary)

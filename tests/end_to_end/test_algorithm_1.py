@@ -58,7 +58,7 @@ def start(tmp_path_factory: pytest.TempPathFactory) -> Start:
 
 def learns(result: Trained) -> None:
     """Assert that there was something to compute: gradients, and off-policy clipped tokens."""
-    assert all(row["grad_norm"] > 0.1 for row in result.metrics)
+    assert sum(row["grad_norm"] > 0.1 for row in result.metrics) >= 2
     algorithm = result.config["algorithm"]
     if algorithm["epochs"] * algorithm["minibatches"] > 1:
         assert any(row["clipped_low"] + row["clipped_high"] > 0 for row in result.metrics)
