@@ -17,7 +17,7 @@ PIP    := $(PY) -m pip install --quiet --disable-pip-version-check -c constraint
 .PHONY: quickstart corpus-demo test test-all lint clean
 
 quickstart: $(VENV)/.train
-	$(PY) -m dsm_train grpo --config recipes/quickstart.yaml
+	$(PY) -m dsm_train grpo --config recipes/quickstart.yaml run.out=runs/quickstart run.overwrite=true
 
 corpus-demo: $(VENV)/.corpus
 	$(PY) -m dsm_train corpus demo

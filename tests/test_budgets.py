@@ -33,6 +33,11 @@ def test_files_and_functions_are_short(path: Path) -> None:
             assert lines <= (100 if is_kernel else 60), f"{path.name}: {node.name} has {lines} lines"
 
 
+def test_the_loop_of_algorithm_1_fits_a_glance() -> None:
+    (loop,) = (node for node in ast.walk(parse(ROOT / "dsm_train" / "train.py")) if isinstance(node, ast.For))
+    assert loop.end_lineno is not None and loop.end_lineno - loop.lineno + 1 <= 20
+
+
 def test_only_the_megatron_package_imports_megatron() -> None:
     inside = ROOT / "dsm_train" / "megatron"
     assert [str(path) for path in FILES if inside not in path.parents and "megatron" in imported(path)] == []

@@ -19,6 +19,35 @@ CORPUS = ("config", "engine", "text cleaning", "mining", "tokenise", "demo", "st
 """Floors of the corpus from the lowest to the highest; neighbours on a floor do not import each other."""
 
 
+TRAINER = (
+    "installed",
+    "config",
+    "types",
+    "rows data.config eval.config rewards.config rollout.config verify.config",
+    "configs",
+    "stages.table",
+    "cli",
+    "watchdog",
+    "data.tasks",
+    "rewards",
+    "data packing",
+    "megatron",
+    "losses grpo balance",
+    "update",
+    "reporting.metrics",
+    "reporting.report reporting.folder",
+    "rollout",
+    "eval",
+    "prepare",
+    "run",
+    "explore reporting.journal",
+    "train verify",
+    "stages corpus",
+    "__main__",
+)
+"""Floors of the trainer, likewise; a room's own modules may import each other."""
+
+
 def imported(path: Path) -> Iterator[str]:
     """Names of modules that a file imports, inside functions too; types that only checkers read are left out."""
     tree = ast.parse(path.read_text(encoding="utf-8"))
@@ -44,6 +73,23 @@ def test_no_module_imports_itself_through_others() -> None:
         graphlib.TopologicalSorter(graph).prepare()
     except graphlib.CycleError as error:
         pytest.fail(" <- ".join(error.args[1]))
+
+
+def test_the_trainer_is_built_in_floors() -> None:
+    floor = {room: height for height, rooms in enumerate(TRAINER) for room in rooms.split()}
+
+    def room_of(module: str) -> str | None:
+        parts = module.split(".")[1:]
+        return next((room for n in (2, 1) if (room := ".".join(parts[:n])) in floor), None)
+
+    for name, path in FILES.items():
+        if not name.startswith("dsm_train.") or name.startswith("dsm_train.corpus.") or path.name == "__init__.py":
+            continue
+        room = room_of(name)
+        assert room is not None, f"{name} stands on no floor"
+        for module in imported(path):
+            other = room_of(module) if module.startswith("dsm_train.") else None
+            assert other in (None, room) or floor[other] < floor[room], f"{name} imports {module}"
 
 
 def test_the_corpus_is_built_in_floors() -> None:

@@ -11,8 +11,10 @@ import torch.distributed as dist
 
 from dsm_train.config import ModelConfig, OptimConfig, ParallelConfig
 from dsm_train.grpo import token_weights
-from dsm_train.losses import SupervisedLoss
+from dsm_train.losses import LossOutput, Stats, SupervisedLoss
 from dsm_train.megatron import parallel, weights
+from dsm_train.megatron.heads import HeadSpec, ValueHead
+from dsm_train.megatron.model import build_model
 from dsm_train.megatron.parallel import Parallel
 from dsm_train.megatron.step import TrainableModel
 from dsm_train.packing.microbatch import MicroBatch, pack, repeat_prompts
@@ -71,6 +73,7 @@ def run(name: str, rank: int, world: int, store: dist.Store, out: Path) -> None:
     result["trained"] = weights.gather_full(policy.chunks, layout)
     result["copies"] = weights.difference_of_copies(policy.chunks, layout)
     result["sampled"] = generate(policy, layout).sequences.response_token_T  # with the weights of after the update
+    result["value"] = value_step(layout, model)
     weights.save_weights(out / f"{name}-weights", policy.chunks, model, layout)
     dist.barrier()
     policy.restart(OPTIM, 1)
@@ -108,6 +111,26 @@ def train(policy: TrainableModel, layout: Parallel, max_tokens: int) -> dict[str
         "sums": dict(step.stats.sums),
         "shares": shares,
     }
+
+
+def value_step(layout: Parallel, model: ModelConfig) -> dict[str, object]:
+    """Compute one gradient of a loss on values, whose head is not split: this replica's groups of a batch of four."""
+    spec = HeadSpec(tiny.VOCAB, "value")
+    built = build_model(model, spec, layout)
+    weights.initialise(built, model, 0, layout)
+    for name, parameter in weights.named_weights(built):
+        if name == "value_head.weight":  # at 0, where it starts, no other weight has a gradient
+            parameter.data.copy_(torch.linspace(-1, 1, parameter.numel()).view_as(parameter))
+    critic = TrainableModel(model, spec, built, layout, OPTIM, 1)
+    mine = SEQUENCES.take(torch.arange(SEQUENCES.num_responses).chunk(layout.dp_size)[layout.dp_rank])
+
+    def loss(head: ValueHead, batch: MicroBatch) -> LossOutput:
+        target_T = batch.target_T / tiny.VOCAB
+        return LossOutput((head.value_T - target_T).square().sum() / 10, Stats({}, {}, {}))
+
+    outputs = critic.forward_backward(packed(mine, 30, layout.config), loss)
+    gradient = critic.gradients()
+    return {"gradient": gradient, "losses": [float(out.loss.detach()) for out in outputs]}
 
 
 def main(rank: int, world: int, store: dist.Store, out: Path, *names: str) -> None:

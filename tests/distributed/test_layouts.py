@@ -9,6 +9,7 @@ from typing import Any
 
 import layout_worker
 import pytest
+import tiny
 import torch
 from layout_worker import CASES
 from ranks import run_ranks
@@ -136,6 +137,19 @@ def test_every_layout_trains_the_same_step(name: str, results: Results) -> None:
     for key, value in expected["trained"].items():
         trained = results[name][0]["trained"][key][: len(value)]
         torch.testing.assert_close(trained, value, rtol=1e-4, atol=2e-4)
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_a_loss_on_values_has_the_same_gradient(name: str, results: Results) -> None:
+    """A value head is whole on every rank, and so is its gradient of the states, which sequence parallelism splits."""
+    gradient, expected = (run[0]["value"]["gradient"] for run in (results[name], [one_rank(name, results)]))
+    assert gradient.keys() == expected.keys() and "output_layer.weight" not in gradient
+    assert gradient["value_head.weight"].shape == (1, CASES[name][1].hidden_size)
+    for key, value in expected.items():
+        if key == "embedding.word_embeddings.weight":  # rows that pad the vocabulary differ in number
+            gradient[key], value = (x[: tiny.VOCAB] for x in (gradient[key], value))
+        assert float((gradient[key] - value).norm()) <= 1e-5 * float(value.norm()), key
+        assert float(value.norm()) > 1e-3, key
 
 
 @pytest.mark.parametrize("name", LAYOUTS)

@@ -54,6 +54,11 @@ def run_on_ranks(ranks: int, out: Path, stage: str, *arguments: str) -> str:
     return run_ranks(stage_of_rank, ranks, out, stage, *arguments)[0]
 
 
+def stage_of_odd_rank(rank: int, world: int, store: dist.Store, out: Path, *arguments: str) -> None:
+    """Run a rank's part of a stage, where the last argument is the second rank's alone."""
+    stage_of_rank(rank, world, store, out, *(arguments if rank == 1 else arguments[:-1]))
+
+
 def stage_of_rank(rank: int, world: int, store: dist.Store, out: Path, *arguments: str) -> None:
     """A rank's part of a stage, joined with the others as torchrun would have it."""
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}

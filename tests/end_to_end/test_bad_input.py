@@ -6,7 +6,8 @@ import json
 from pathlib import Path
 
 import pytest
-from commands import GRPO, TINY, refused, run, run_apart, torchrun, write_gsm8k
+from commands import GRPO, TINY, refused, run, run_apart, stage_of_odd_rank, torchrun, write_gsm8k
+from ranks import run_ranks
 
 Capsys = pytest.CaptureFixture[str]
 
@@ -210,3 +211,18 @@ def test_ranks_say_it_once_and_torchrun_at_its_end(tmp_path: Path) -> None:
 def test_stages_that_do_not_run(argument: str, words: list[str], capsys: Capsys) -> None:
     line = refused(capsys, argument)
     assert all(word in line for word in words), line
+
+
+@pytest.mark.parametrize(
+    ("odd", "said"),
+    [
+        ("optim.lr=2e-3", "rank 1 has optim.lr = 0.002 and rank 0 0.001"),
+        ("data.seed=1", "rank 1 has data.seed = 1 and rank 0 0; the digest of the tasks = "),
+    ],
+    ids=["learning rate", "tasks"],
+)
+def test_ranks_that_were_started_otherwise_are_named(odd: str, said: str, tmp_path: Path) -> None:
+    with pytest.raises(AssertionError) as failed:
+        run_ranks(stage_of_odd_rank, 2, tmp_path, "grpo", *GRPO, f"run.out={tmp_path / 'run'}", odd)
+    assert said in str(failed.value) and "start every rank with the same command" in str(failed.value)
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
