@@ -52,6 +52,10 @@ def enable() -> bool:
     # It calls collectives by names that torch has deprecated since, and asks the optimizer's shards for gradients.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed\.")
     warnings.filterwarnings("ignore", message=r"The \.grad attribute of a Tensor", module=r"megatron\.")
+    # megatron-core 0.19 warns of a model that is not used here.
+    warnings.filterwarnings(
+        "ignore", message=".*is experimental and still under active development", module=r"megatron\."
+    )
     if cuda:
         return False
     warnings.filterwarnings("ignore", message=".*CUDA_DEVICE_MAX_CONNECTIONS", module=r"megatron\.")
