@@ -24,7 +24,7 @@ def require_own_kernels() -> None:
 
 
 def _remedy(package: Path) -> str:
-    """What takes the other package away: pip where it was installed by pip, the search path otherwise."""
+    """Say how to take the other package away: pip where it was installed by pip, the search path otherwise."""
     from importlib import metadata  # slow to import, and needed only here
 
     others = []

@@ -71,12 +71,12 @@ class Sequences:
 
     @property
     def num_responses(self) -> int:
-        """S."""
+        """Number of responses, S."""
         return self.response_cu.numel() - 1
 
     @property
     def num_prompts(self) -> int:
-        """P."""
+        """Number of prompts, P."""
         return self.prompt_cu.numel() - 1
 
     @property
@@ -134,14 +134,14 @@ class Sequences:
 
 @dataclass(frozen=True)
 class Prompt:
-    """A question as the engine takes it."""
+    """Question as an engine takes it."""
 
     id: int
     """Stable number of the task; part of the counter of the random numbers."""
     token: list[int]
     """Its tokens."""
     occurrence: int = 0
-    """How often the exploration stage drew this task before, over all replicas; part of the counter as well."""
+    """Number of times that the exploration stage drew this task before, over all replicas; part of the counter as well."""
 
 
 @dataclass(frozen=True)

@@ -39,18 +39,18 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Report:
-    """What a rank says of itself."""
+    """Report of a rank about itself."""
 
     host: str = "unknown"
     phase: str = "start"
     entered: int = 0
     """Phases entered."""
     beats: int = 0
-    """Signs of life."""
+    """Signs of life given."""
     waits: bool = False
-    """Whether the main thread waits for other ranks."""
+    """True while the main thread waits for other ranks."""
     where: str = "unknown"
-    """The line that the main thread executes."""
+    """Line that the main thread executes."""
     paused: bool = False
     closed: bool = False
     number: int = 0
@@ -66,13 +66,13 @@ class Seen:
     moved: float = 0.0
 
     def then(self, report: Report, now: float) -> Seen:
-        """What is seen with the report that was read now."""
+        """Take in the report that was read now."""
         moves = (report.entered, report.beats) != (self.report.entered, self.report.beats)
         return Seen(report, alive=now if report != self.report else self.alive, moved=now if moves else self.moved)
 
 
 class Watchdog:
-    """One per rank of a run. `enter` and `beat` only count: they never wait."""
+    """Watchdog of one rank. `enter` and `beat` only count: they never wait."""
 
     def __init__(
         self, store: Store | None, rank: int, world_size: int, timeout_seconds: float, prog: str = "dsm-train"
@@ -104,20 +104,20 @@ class Watchdog:
 
     @staticmethod
     def off() -> Watchdog:
-        """Of a rank without others: it watches nothing."""
+        """Make the watchdog of a rank without others: it watches nothing."""
         return Watchdog(None, 0, 1, 60.0)
 
     def enter(self, phase: str) -> None:
-        """This rank begins a phase of its work, such as "rollout of step 3"."""
+        """Begin a phase of this rank's work, such as "rollout of step 3"."""
         self._phase, self._entered = phase, self._entered + 1
 
     def beat(self) -> None:
-        """A sign of life within a phase."""
+        """Give a sign of life within a phase."""
         self._beats += 1
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Work of unknown length on one rank, for which the others wait: none of it counts as standing still."""
+        """Suspend judgement during work of unknown length on one rank, for which the others wait."""
         self._pauses += 1
         try:
             yield
@@ -127,7 +127,7 @@ class Watchdog:
 
     @contextmanager
     def failures(self) -> Iterator[None]:
-        """An exception in the block ends the other ranks with a line of their own; this one keeps its traceback."""
+        """End the other ranks with a line when the block raises; this rank keeps its traceback."""
         try:
             yield
         except (Exception, SystemExit) as error:
@@ -136,7 +136,7 @@ class Watchdog:
             raise
 
     def close(self) -> None:
-        """This rank has finished: it watches no longer, and is no longer missed."""
+        """Leave: this rank has finished, watches no longer, and is no longer missed."""
         if self._store is None or self._closed.is_set():
             return
         self._closed.set()
@@ -170,7 +170,7 @@ class Watchdog:
                 return
 
     def _watch_store(self) -> None:
-        """The store may be silent as well: with its node gone, the watcher waits for its answer for ever."""
+        """Watch the store: with its node gone, the watcher would wait for its answer for ever."""
         clock, reports, since = _Clock(self._tick), 0, 0.0
         while not self._closed.wait(self._tick):
             now = clock.seconds()
@@ -180,7 +180,7 @@ class Watchdog:
                 self._end_alone(f"has not answered for {now - since:.0f} s")
 
     def _report(self, store: Store, *, stands: bool = False) -> None:
-        """Tell the store about this rank; stands: it has made no progress for a while."""
+        """Tell the store about this rank; `stands`: it has made no progress for a while."""
         frame = sys._current_frames().get(self._thread)
         report = Report(
             host=self._host,
@@ -204,7 +204,7 @@ class Watchdog:
             return False  # a failed kernel: the main thread will hear of it
 
     def _read(self, store: Store, now: float) -> None:
-        """See the newest reports of all ranks."""
+        """Read the newest reports of all ranks."""
         keys = {rank: f"rank{rank}" for rank in self._seen}
         if not store.check(list(keys.values())):
             keys = {rank: key for rank, key in keys.items() if store.check([key])}
@@ -260,13 +260,13 @@ class Watchdog:
 
 
 class _Clock:
-    """Seconds that this process has lived through: in a job that was suspended, nobody was late."""
+    """Clock of the seconds that this process has lived through: in a job that was suspended, nobody was late."""
 
     def __init__(self, tick: float) -> None:
         self._longest, self._seconds, self._last = 3 * tick, 0.0, time.monotonic()
 
     def seconds(self) -> float:
-        """Seconds since the start; to be asked every tick."""
+        """Count the seconds since the start; to be asked every tick."""
         now = time.monotonic()
         self._seconds += min(now - self._last, self._longest)
         self._last = now
@@ -276,7 +276,7 @@ class _Clock:
 def judge(
     ranks: Mapping[int, Seen], now: float, timeout: float, patience: float, *, bereaved: bool = False
 ) -> str | None:
-    """Why the run has to end, as a line, or None.
+    """Decide whether the run has to end: a line that says why, or None.
 
     timeout: seconds that the run may stand still, and a rank be silent; patience: seconds that a rank may be silent
     when the run stands still, or when this rank is bereaved: the end of another has broken its collective.
@@ -319,7 +319,7 @@ def _while(waiting: Mapping[int, Seen]) -> str:
 
 
 def _phases(ranks: Mapping[int, Seen], one: str = "is", many: str = "are", *, places: bool = False) -> str:
-    """Which rank is where: `rank 3 (host b) is in "update of step 17"`, those in the same place together."""
+    """Say where ranks are: `rank 3 (host b) is in "update of step 17"`, those in the same place together."""
     together: dict[str, list[int]] = {}
     for rank, seen in ranks.items():
         place = f'"{seen.report.phase}"' + (f" at {seen.report.where}" if places else "")
@@ -333,7 +333,7 @@ def _phases(ranks: Mapping[int, Seen], one: str = "is", many: str = "are", *, pl
 
 
 def _ranks(ranks: Iterable[int]) -> str:
-    """`rank 3`, `ranks 0-6, 8`."""
+    """Name ranks in few characters: `rank 3`, `ranks 0-6, 8`."""
     runs: list[list[int]] = []
     for rank in sorted(ranks):
         if runs and rank == runs[-1][-1] + 1:
@@ -345,14 +345,14 @@ def _ranks(ranks: Iterable[int]) -> str:
 
 
 def _in_collective(frame: FrameType, line: int) -> bool:
-    """Whether a stack that ends in this frame and line waits for other ranks."""
+    """True when a stack that ends in this frame and line waits for other ranks."""
     module, source = frame.f_globals.get("__name__", ""), linecache.getline(frame.f_code.co_filename, line)
     handle = module.startswith(("dsm_train.", "megatron.", "torch.")) and ".wait(" in source
     return handle or module.startswith("torch.distributed.")
 
 
 def _place(frame: FrameType | None) -> str:
-    """The innermost line of this project on a stack; of anything, where there is none."""
+    """Name the innermost line of this project on a stack, or the innermost of all."""
     frames = [step for step, _ in traceback.walk_stack(frame)] if frame is not None else []
     if not frames:
         return "its end"
@@ -362,5 +362,5 @@ def _place(frame: FrameType | None) -> str:
 
 
 def _first_line(error: BaseException) -> str:
-    """The type and first line of an exception."""
+    """Give the type and first line of an exception."""
     return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}".removesuffix(": ")

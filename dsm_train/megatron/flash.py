@@ -26,7 +26,7 @@ INSTALL = "pip install --no-build-isolation '.[flash]'"
 
 
 def core_attention(model: ModelConfig) -> str:
-    """What serves core attention in training; raises `ValueError` when flash-attn is asked for and cannot."""
+    """Name the core attention of training; raises `ValueError` when flash-attn is asked for and cannot serve."""
     if model.attention == "dsm":
         return "dsm packed_attention"
     obstacle = ""
@@ -46,7 +46,7 @@ def core_attention(model: ModelConfig) -> str:
 
 
 def flash_version() -> str:
-    """The version of flash-attn; empty where it is not installed."""
+    """Read the version of flash-attn; empty where it is not installed."""
     try:
         return metadata.version("flash-attn")
     except metadata.PackageNotFoundError:
@@ -61,7 +61,7 @@ class Kernels(NamedTuple):
 
     @staticmethod
     def installed() -> Kernels:
-        """Those of the package."""
+        """Import the functions of the package."""
         from flash_attn import flash_attn_interface as flash  # pyright: ignore[reportMissingImports]
 
         return Kernels(flash._flash_attn_varlen_forward, flash._flash_attn_varlen_backward)
@@ -79,18 +79,18 @@ class Part:
     longest_key: int
     causal: bool
     query_M: Tensor | None = None
-    """The buffer's rows that ask; None: all."""
+    """Rows of the buffer with queries; None: all."""
     key_L: Tensor | None = None
-    """The buffer's rows that are seen; None: all."""
+    """Rows of the buffer with keys; None: all."""
 
     def take(self, q_NHK: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The rows of q, k and v that take part."""
+        """Select the rows of q, k and v that take part."""
         if self.query_M is None or self.key_L is None:
             return q_NHK.contiguous(), k.contiguous(), v.contiguous()
         return q_NHK[self.query_M], k[self.key_L], v[self.key_L]
 
     def arguments(self, scale: float) -> dict[str, Any]:
-        """What both kernels are told of it."""
+        """Arguments that forward and backward kernel share."""
         return {
             "cu_seqlens_q": self.query_cu,
             "cu_seqlens_k": self.key_cu,
@@ -107,7 +107,7 @@ class Part:
 
 
 def parts_of(layout: PackedLayout) -> list[Part]:
-    """Each segment of the layout by itself; where prompts are shared, also the responses of each group with theirs."""
+    """List the calls of a layout: each segment by itself, and the responses of a group with their shared prompt."""
     device = layout.segments_N5.device
     start, end, prompt_start, prompt_end, _ = layout.segments_N5.cpu().long().unbind(1)
     own = _part((start, end), (start, end), device, own=True)
@@ -123,7 +123,7 @@ def parts_of(layout: PackedLayout) -> list[Part]:
 
 
 def _part(query: tuple[Tensor, Tensor], key: tuple[Tensor, Tensor], device: torch.device, *, own: bool) -> Part:
-    """From (start, end) of the ranges; `own`: they are all of the buffer."""
+    """Build from (start, end) of the ranges; `own`: they are all of the buffer."""
     query_length, key_length = (end - start for start, end in (query, key))
     return Part(
         query_cu=offsets(query_length.tolist()).to(device),
@@ -145,7 +145,7 @@ class FlashAttend:
 
     @cached_property
     def parts(self) -> list[Part]:
-        """The calls that it takes."""
+        """Kernel calls that the layout takes."""
         return parts_of(self.layout)
 
     def __call__(self, layer: int, q_NHK: Tensor, k_NHK: Tensor, v_NHK: Tensor, scale: float) -> Tensor:
@@ -153,7 +153,7 @@ class FlashAttend:
 
 
 class _Flash(torch.autograd.Function):
-    """The parts joined: o = sum_i o_i exp(lse_i - lse), with exp(lse) = sum_i exp(lse_i)."""
+    """Join the parts: o = sum_i o_i exp(lse_i - lse), with exp(lse) = sum_i exp(lse_i)."""
 
     @staticmethod
     def forward(ctx: Any, q_NHK: Tensor, k: Tensor, v: Tensor, attend: FlashAttend, scale: float) -> Tensor:

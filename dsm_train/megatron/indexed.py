@@ -13,17 +13,17 @@ import numpy as np
 from megatron.core.datasets.indexed_dataset import DType, IndexedDataset, IndexedDatasetBuilder
 
 _BLOCK = 1 << 22
-"""Ids in memory at once."""
+"""Number of ids in memory at once."""
 
 
 def token_dtype(vocab_size: int) -> str:
-    """The type that Megatron stores ids below `vocab_size` in: "uint16", or "int32" for larger vocabularies."""
+    """Name the type that Megatron stores ids below `vocab_size` in: "uint16", or "int32" for larger vocabularies."""
     return DType.optimal_dtype(vocab_size).__name__
 
 
 @dataclass(frozen=True)
 class DatasetWriter:
-    """What `writing` gives: adds documents."""
+    """Writer of a dataset under way."""
 
     _builder: IndexedDatasetBuilder
 
@@ -61,7 +61,7 @@ def writing(prefix: Path, vocab_size: int) -> Iterator[DatasetWriter]:
 
 
 def documents(prefix: Path) -> Iterator[np.ndarray]:
-    """The documents of a dataset, in order: ids [T]."""
+    """Yield the documents of a dataset, in order: ids [T]."""
     dataset = IndexedDataset(str(prefix))
     for index in range(len(dataset)):
         yield np.array(dataset[index])  # a copy: the dataset's own array is gone with the dataset

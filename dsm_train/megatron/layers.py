@@ -19,7 +19,7 @@ from triton_kernels import PackedLayout, packed_attention
 
 
 class Attend(Protocol):
-    """How the tokens of a forward pass see each other: `attend(layer, q_NHK, k, v, scale) -> out_NHK`."""
+    """Attention of a forward pass: `attend(layer, q_NHK, k, v, scale) -> out_NHK`."""
 
     def __call__(self, layer: int, q_NHK: Tensor, k_NHK: Tensor, v_NHK: Tensor, scale: float, /) -> Tensor: ...
 
@@ -36,7 +36,7 @@ class PackedAttend:
 
 @dataclass
 class Tokens(PackedSeqParams):
-    """What our core attention needs to know of a forward pass; travels through Megatron as `packed_seq_params`."""
+    """Arguments of our core attention in one forward pass; they travel through Megatron as `packed_seq_params`."""
 
     qkv_format: str = "thd"
     # The base class gives its fields defaults, so these need them too; they are always given.
@@ -48,7 +48,7 @@ class Tokens(PackedSeqParams):
 
 
 def rotary_tables(position_N: Tensor, head_size: int, base: float) -> tuple[Tensor, Tensor]:
-    """cos and sin [N, 1, K] fp32 of the rotary embedding (Su et al., arXiv 2104.09864) at explicit positions."""
+    """Compute cos and sin [N, 1, K] fp32 of the rotary embedding (Su et al., arXiv 2104.09864) at explicit positions."""
     frequency = base ** (-torch.arange(0, head_size, 2, device=position_N.device, dtype=torch.float32) / head_size)
     angle = position_N.float()[:, None, None] * frequency.repeat(2)
     return angle.cos(), angle.sin()
@@ -108,14 +108,14 @@ class RMSNorm(torch.nn.Module):
 
 
 def transformer_engine_available() -> bool:
-    """Whether Transformer Engine is installed and there is a CUDA device for it."""
+    """True when Transformer Engine is installed and there is a CUDA device for it."""
     from megatron.core.extensions.transformer_engine import HAVE_TE
 
     return HAVE_TE and torch.cuda.is_available()
 
 
 def block_spec(config: TransformerConfig, transformer_engine: bool, vp_stage: int | None) -> Any:
-    """Layers of this rank's chunk: Transformer Engine's or Megatron's local ones, with our core attention."""
+    """Specify the layers of this rank's chunk: Transformer Engine's or Megatron's local ones, with our core attention."""
     if transformer_engine:
         from megatron.core.extensions.transformer_engine import TENorm
         from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec

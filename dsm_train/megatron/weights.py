@@ -1,4 +1,4 @@
-"""Weights by their canonical names (layers counted over all stages): initialisation, copies, files.
+"""Weights by their canonical names (layers counted over the whole pipeline): initialisation, copies, files.
 
 Every weight is drawn from a generator of its own, seeded by (seed, name), as the full tensor, of which each rank keeps
 its shard: the same model in every layout.

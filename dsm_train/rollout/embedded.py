@@ -61,7 +61,7 @@ class PrefillAttend:
 
 @dataclass(frozen=True)
 class DecodeAttend:
-    """One new token per row against the cache, to which it is added."""
+    """Attention of one new token per row to the cache, which takes it in."""
 
     cache: KVCache
     position_B: Tensor
@@ -85,7 +85,7 @@ class DecodeAttend:
 
 
 class EmbeddedEngine:
-    """Generates with `model`'s live weights, in any layout; all ranks of a replica call `generate` alike.
+    """Generator on `model`'s live weights, in any layout; all ranks of a replica call `generate` alike.
 
     Each rank keeps the keys and values of its own layers and heads. One rank samples, and tells the others.
     """
@@ -103,7 +103,7 @@ class EmbeddedEngine:
 
     @torch.no_grad()
     def generate(self, prompts: Sequence[Prompt], num_samples: int, sampling: SamplingConfig, *, step: int) -> Rollouts:
-        """See `RolloutEngine.generate`. Raises `ValueError` for a prompt without tokens."""
+        """Sample as `RolloutEngine.generate` says. Raises `ValueError` for a prompt without tokens."""
         for prompt in prompts:
             if not prompt.token:
                 raise ValueError(f"prompt {prompt.id} has no token: there is nothing to continue")
@@ -168,7 +168,7 @@ class _Decoding:
         self._choose(self.model.hidden(token_B, position_B, attend))
 
     def _choose(self, hidden_BD: Tensor | None) -> None:
-        """Sample the next token of the active rows, and retire those that end. The last stage gives the states."""
+        """Sample the next token of the active rows, and retire those that end. The states come from where the head is."""
         rows, parallel = self.active, self.model.parallel
         parallel.watchdog.beat()
         logits_BV = None if hidden_BD is None else self.model.logits(hidden_BD)
@@ -191,7 +191,7 @@ class _Decoding:
             self.cache.keep(going.nonzero().squeeze(1))
 
     def _sample(self, logits_BV: Tensor) -> Tensor:
-        """[token | log-probability | margin] of the active rows, fp64 [3, B]."""
+        """Sample [token | log-probability | margin] of the active rows, fp64 [3, B]."""
         rows = self.active
         uniform = None
         if self.sampling.temperature > 0:
@@ -203,7 +203,7 @@ class _Decoding:
         return torch.stack([chosen.token_B.double(), chosen.logprob_B.double(), chosen.margin_B.double()])
 
     def rollouts(self) -> Rollouts:
-        """The responses, packed, on the CPU."""
+        """Pack the responses, on the CPU."""
         length_B = self.length_B.cpu()
         taken = torch.arange(self.sampling.max_new_tokens) < length_B[:, None]
         groups = len(self.prompts)

@@ -1,4 +1,4 @@
-"""What the trainer asks of a rollout engine."""
+"""Protocol of a rollout engine."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from dsm_train.types import Prompt, Rollouts
 
 
 class RolloutEngine(Protocol):
-    """Samples responses with the policy's current weights."""
+    """Engine that samples responses with the policy's current weights."""
 
     def sync(self, model: Model) -> None:
         """Take over the model's weights. Collective."""
@@ -22,7 +22,7 @@ class RolloutEngine(Protocol):
         ...
 
     def generate(self, prompts: Sequence[Prompt], num_samples: int, sampling: SamplingConfig, *, step: int) -> Rollouts:
-        """`num_samples` responses to each prompt.
+        """Sample `num_samples` responses to each prompt.
 
         The random number of a token is a function of (engine's seed, step, prompt id, occurrence of the prompt, sample
         index, position): the same arguments and weights give the same responses.

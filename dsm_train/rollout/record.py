@@ -110,7 +110,7 @@ def _from_table(table: pa.Table, weight_version: int) -> Rollouts:
 
 
 def _lists(value_T: Tensor, cu: Tensor) -> pa.ListArray:
-    """A list per segment of a packed tensor."""
+    """Split a packed tensor into a list per segment."""
     return pa.ListArray.from_arrays(pa.array(cu.numpy()), pa.array(value_T.numpy()))
 
 
@@ -119,5 +119,5 @@ def _tensor(column: pa.Array) -> Tensor:
 
 
 def _tensors(column: pa.ListArray) -> tuple[Tensor, Tensor]:
-    """The packed values of a column of lists, and their offsets."""
+    """Pack the values of a column of lists; returns their offsets as well."""
     return _tensor(column.flatten()), offsets(column.value_lengths().to_pylist())

@@ -41,7 +41,7 @@ class Replayed:
     """The exploration stages that were replayed in one layout, on the main rank."""
 
     steps: list[Step]
-    """All optimizer steps, in order."""
+    """Optimizer steps, in order."""
     logprobs: list[dict[str, Tensor]]
     """Old and reference log-probabilities [T] of each exploration stage's batch, as this layout computed them."""
 

@@ -9,7 +9,7 @@ from dsm_train.config import at_least
 
 @dataclass(frozen=True)
 class VerifyConfig:
-    """What is verified beyond one exploration stage."""
+    """Extent of the verification."""
 
     steps: int = 1
     """Exploration stages that are replayed, each of minibatches x epochs optimizer steps; moments and schedules show

@@ -71,7 +71,7 @@ class Witness(TrainableModel):
 
 @dataclass(frozen=True)
 class Replay:
-    """What is replayed, in any layout."""
+    """Exploration stages to replay, in any layout."""
 
     spec: ModelSpec
     algorithm: Algorithm

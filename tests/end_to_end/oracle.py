@@ -52,7 +52,7 @@ LOGPROB, RELATIVE, ABSOLUTE, UPDATE = 1e-4, 1e-4, 1e-5, 0.02
 
 @dataclass(frozen=True)
 class Start:
-    """What runs begin from."""
+    """Start of the runs: weights and data."""
 
     weights: Path
     questions: Path
@@ -65,7 +65,7 @@ class Start:
 
 @dataclass(frozen=True)
 class Trained:
-    """What a run of the command line left."""
+    """Records of a run of the command line."""
 
     config: dict[str, Any]
     stages: list[dict[str, list[Any]]]
@@ -103,7 +103,7 @@ def recorded(out: Path) -> tuple[str, str]:
 
 
 def read(out: Path) -> Trained:
-    """What a run left in its folder."""
+    """Read what a run left in its folder."""
     return Trained(
         yaml.safe_load((out / "config.yaml").read_text()),
         [pq.read_table(out / f"step-{step}.parquet").to_pydict() for step in range(1, STAGES + 1)],

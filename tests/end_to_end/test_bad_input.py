@@ -1,4 +1,4 @@
-"""What a user gets wrong: one line that names the value and the remedy, before any training."""
+"""Mistakes of users: one line that names the value and the remedy, before any training."""
 
 from __future__ import annotations
 

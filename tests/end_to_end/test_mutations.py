@@ -52,7 +52,7 @@ def start(tmp_path_factory: pytest.TempPathFactory) -> Start:
 
 @pytest.fixture(scope="module")
 def batch(start: Start, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What a stage sampled, for verify-step."""
+    """Record a stage's rollouts for verify-step."""
     out = tmp_path_factory.mktemp("batch")
     trained(start, out, *BUSY)
     return out / "step-2.parquet"

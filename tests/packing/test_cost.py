@@ -22,7 +22,7 @@ def alone(own_S: Tensor) -> Cost:
 
 
 def taken(cost: Cost, first: int, last: int) -> int:
-    """What the responses first..last - 1 take, counted one by one."""
+    """Cost of the responses first..last - 1, counted one by one."""
     sizes = cost.group_cu.diff().tolist()
     group_of = [group for group, size in enumerate(sizes) for _ in range(size)]
     prompts = sum(int(cost.prompt_P[group]) for group in set(group_of[first:last]))

@@ -1,4 +1,4 @@
-"""What a run writes while it trains."""
+"""Tests of metrics, samples and progress."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a run leaves to look at."""
+"""Tests of report and learning curve."""
 
 from __future__ import annotations
 

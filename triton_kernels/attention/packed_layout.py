@@ -287,7 +287,7 @@ def _host_values(name: str, x: Tensor, dtypes: tuple[torch.dtype, ...], wanted: 
 
 
 def _shown(values: Tensor, is_bad: Tensor) -> str:
-    """All of a few values; of many the first bad one and the one before it."""
+    """Show all of a few values; of many the first bad one and the one before it."""
     if len(values) <= 16:
         return str(values.tolist())
     at = int(is_bad.nonzero()[0])
