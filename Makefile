@@ -52,7 +52,7 @@ test-rest: $(VENV)/.dev
 	$(PYTEST) tests --ignore=tests/distributed --ignore=tests/end_to_end --ignore=tests/corpus -m "$(SELECTED)"
 
 lint: $(VENV)/.dev
-	$(PY) -m ruff .
+	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m pyright
 

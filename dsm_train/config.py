@@ -116,7 +116,7 @@ class ParallelConfig:
     pp: int = 1
     """Pipeline-parallel ranks."""
     vpp: int = 1
-    """Virtual pipeline stages per rank (interleaved schedule)."""
+    """Parts of the model per pipeline rank (interleaved schedule)."""
     sp: bool = False
     """Sequence parallelism: norms and residuals split over the tensor-parallel ranks."""
     distributed_optimizer: bool = False

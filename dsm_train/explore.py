@@ -13,7 +13,7 @@ from dsm_train.packing.packer import Packer
 from dsm_train.prepare import Questions
 from dsm_train.rewards.grader import Grader
 from dsm_train.rollout.engine import RolloutEngine
-from dsm_train.rollout.score import score, shuffle_rewards
+from dsm_train.rollout.grading import shuffle_rewards, with_rewards
 from dsm_train.types import Prompt, Rollouts
 
 
@@ -31,7 +31,7 @@ def explore(
 
 def grade(rollouts: Rollouts, tasks: list[Task], questions: Questions, config: GrpoConfig, step: int) -> Rollouts:
     """Reward each response by rule."""
-    rollouts = score(rollouts, tasks, questions.tokenizer, Grader(config.rewards))
+    rollouts = with_rewards(rollouts, tasks, questions.tokenizer, Grader(config.rewards))
     return shuffle_rewards(rollouts, config.run.seed, step) if config.algorithm.shuffle_rewards else rollouts
 
 

@@ -5,7 +5,7 @@ S responses, T response tokens (loss rows), P prompts (groups).
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
@@ -32,6 +32,11 @@ class Algorithm:
         return self.minibatches * self.epochs
 
     @property
+    def has_reference(self) -> bool:
+        """True when a reference model is kept, for the KL penalty."""
+        return self.objective.kl_coef > 0
+
+    @property
     def on_policy(self) -> bool:
         """True when each rollout is learnt from once, by the policy that sampled it: the ratio is 1."""
         return self.updates == 1
@@ -54,7 +59,8 @@ PRESETS: dict[str, Algorithm] = {
 def algorithm(config: AlgorithmConfig) -> Algorithm:
     """Override the preset by what the configuration sets."""
     preset = PRESETS[config.preset]
-    overrides = {name: getattr(config, name) for name in ("clip_low", "clip_high", "kl_coef", "kl", "entropy_coef")}
+    shared = {field.name for field in fields(Objective)} & {field.name for field in fields(config)}
+    overrides = {name: getattr(config, name) for name in shared}
     objective = replace(preset.objective, **{name: value for name, value in overrides.items() if value is not None})
     if config.reference_every and objective.kl_coef == 0:
         raise ValueError(

@@ -59,7 +59,7 @@ def prepare(config: ConfigT, sampling: SamplingConfig | None) -> tuple[ConfigT, 
     check_solutions(config, tasks, tokenizer)
     if config.run.init is not None:
         weights.check_tokenizer(config.run.init, tokenizer)
-    uses_transformer_engine(config.model)
+    uses_transformer_engine(config.model)  # raises where the layers or the attention that were asked for are missing
     core_attention(config.model)
     return config, Questions(tasks, tokenizer, tuple(note for note in notes if note is not None))
 

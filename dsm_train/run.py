@@ -156,21 +156,23 @@ def start(config: ConfigT, stage: str, questions: Questions, *, trains: bool = T
         threads = parallel.set_threads(config.run.threads)
         ranks = parallel.start(config.parallel, config.run.seed)
         check_alike(ranks.gather_over_ranks(identity(config, questions)))
-    if trains:
-        config = replace(config, run=replace(config.run, out=ranks.from_main(folder.path if folder else None)))
-    if folder is not None:
-        (folder.path / "config.yaml").write_text(to_yaml(config))
-    out = folder.path if folder else None
-    job = Job(config, ranks, Metrics(out), Samples(out))
-    job.say("\n".join([startup_table(served_by(config, ranks, threads)), *questions.notes, *missing_ops()]))
+    out, metrics, samples = folder.path if folder else None, Metrics(None), Samples(None)
     try:
         with ranks.watchdog.failures():
+            if trains:
+                config = replace(config, run=replace(config.run, out=ranks.from_main(out)))
+            if folder is not None:
+                folder.begin()
+                (folder.path / "config.yaml").write_text(to_yaml(config))
+                metrics, samples = Metrics(out), Samples(out)
+            job = Job(config, ranks, metrics, samples)
+            job.say("\n".join([startup_table(served_by(config, ranks, threads)), *questions.notes, *missing_ops()]))
             yield job
-        if folder is not None:
-            folder.finish()
+            if folder is not None:
+                folder.finish()
     finally:
-        job.metrics.close()
-        job.samples.close()
+        metrics.close()
+        samples.close()
         if folder is not None:
             folder.close()
         parallel.stop(ranks)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import closing
-
 from dsm_train.configs import GrpoConfig
 from dsm_train.explore import explore, grade, with_logprobs
 from dsm_train.grpo import Algorithm
@@ -31,14 +29,14 @@ def reinforce(
     """
     config, packer, parallel = job.config, job.packer(questions.tokenizer.vocab_size), job.parallel
     renew, sampling = config.algorithm.reference_every, config.sampling
-    with job.loop("grpo", config.steps) as loop, closing(engine):
+    with job.loop("grpo", config.steps) as loop:
         for step in loop:
-            if reference is not None and renew and step and step % renew == 0:
-                copy_weights(policy.chunks, reference.chunks)
             with loop.phase("rollout"):
                 engine.sync(policy)
                 tasks, rollouts = explore(engine, questions, config, parallel, step)
             with loop.phase("score"):
+                if reference is not None and renew and step and step % renew == 0:
+                    copy_weights(policy.chunks, reference.chunks)
                 rollouts = grade(rollouts, tasks, questions, config, step)
                 rollouts = with_logprobs(
                     rollouts, policy, reference, packer, sampling.temperature, old=not algo.on_policy

@@ -141,7 +141,7 @@ class Prompt:
     token: list[int]
     """Its tokens."""
     occurrence: int = 0
-    """Number of times that the exploration stage drew this task before, over all replicas; part of the counter as well."""
+    """Times that the exploration stage drew this task before, over all replicas; part of the counter as well."""
 
 
 @dataclass(frozen=True)

@@ -62,8 +62,8 @@ def minibatches(
     """
     assert rollouts.reward_S is not None, "rollouts are graded before they are learnt from"
     sequences, cu = rollouts.sequences, rollouts.sequences.response_cu
-    groups = [sequences.num_prompts * i // algo.minibatches for i in range(algo.minibatches + 1)]
-    cuts = list(pairwise(sequences.group_cu[groups].tolist()))
+    bounds = [sequences.num_prompts * i // algo.minibatches for i in range(algo.minibatches + 1)]
+    cuts = list(pairwise(sequences.group_cu[bounds].tolist()))
     mine = torch.tensor([(last - first, int(cu[last] - cu[first])) for first, last in cuts])
     counts = torch.stack(parallel.gather_over_data(mine)).sum(0).tolist()
     weights = [
@@ -134,6 +134,6 @@ def step_metrics(results: Sequence[StepResult]) -> dict[str, float]:
         "grad_norm": sum(r.grad_norm for r in results) / count,
         "lr": results[-1].lr,
         **means,
-        "ratio_max": max(float(r.stats.maxima["ratio"]) for r in results),
-        "ratio_min": min(float(r.stats.minima["ratio"]) for r in results),
+        "ratio_max": max((float(stats.maxima["ratio"]) for stats in measured), default=math.nan),
+        "ratio_min": min((float(stats.minima["ratio"]) for stats in measured), default=math.nan),
     }

@@ -14,7 +14,7 @@ from dsm_train.megatron.parallel import Parallel
 from dsm_train.rewards.grader import Grader
 from dsm_train.rollout.config import SamplingConfig
 from dsm_train.rollout.engine import RolloutEngine
-from dsm_train.rollout.score import verdicts
+from dsm_train.rollout.grading import verdicts
 from dsm_train.types import Prompt
 
 

@@ -48,7 +48,7 @@ class Tokens(PackedSeqParams):
 
 
 def rotary_tables(position_N: Tensor, head_size: int, base: float) -> tuple[Tensor, Tensor]:
-    """Compute cos and sin [N, 1, K] fp32 of the rotary embedding (Su et al., arXiv 2104.09864) at explicit positions."""
+    """Compute cos and sin [N, 1, K] fp32 of the rotary embedding (Su et al., arXiv 2104.09864) at given positions."""
     frequency = base ** (-torch.arange(0, head_size, 2, device=position_N.device, dtype=torch.float32) / head_size)
     angle = position_N.float()[:, None, None] * frequency.repeat(2)
     return angle.cos(), angle.sin()
@@ -115,7 +115,7 @@ def transformer_engine_available() -> bool:
 
 
 def block_spec(config: TransformerConfig, transformer_engine: bool, vp_stage: int | None) -> Any:
-    """Specify the layers of this rank's chunk: Transformer Engine's or Megatron's local ones, with our core attention."""
+    """Specify the layers of a chunk: Transformer Engine's or Megatron's local ones, with our core attention."""
     if transformer_engine:
         from megatron.core.extensions.transformer_engine import TENorm
         from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec

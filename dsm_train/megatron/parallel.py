@@ -128,7 +128,7 @@ class Parallel:
         Ranks that hold the same replica must agree on every token, and arithmetic done twice need not agree.
         """
         if self.groups.mp.size() > 1:
-            # Megatron counts tensor-parallel ranks first, then stages: the last stage's ranks close the group.
+            # Megatron counts tensor-parallel ranks first, then pipeline ranks: those with the head close the group.
             dist.broadcast(values, group=self.groups.mp, group_src=self.groups.mp.size() - self.groups.tp.size())
         return values
 
@@ -174,7 +174,7 @@ def check_layout(parallel: ParallelConfig, model: ModelConfig, vocab_size: int) 
         ),
         (
             model.num_layers >= parallel.pp * parallel.vpp,
-            f"parallel.pp x parallel.vpp = {parallel.pp * parallel.vpp} stages need a layer each, and "
+            f"parallel.pp x parallel.vpp = {parallel.pp * parallel.vpp} parts need a layer each, and "
             f"model.num_layers = {model.num_layers}",
         ),
         (
@@ -187,9 +187,9 @@ def check_layout(parallel: ParallelConfig, model: ModelConfig, vocab_size: int) 
             raise ValueError(message)
 
 
-def pipeline_layers(num_layers: int, stages: int) -> list[int]:
+def pipeline_layers(num_layers: int, parts: int) -> list[int]:
     """Share layers out to the parts of a pipeline; the remainder goes to the first, as the last one has the head."""
-    return [num_layers // stages + (stage < num_layers % stages) for stage in range(stages)]
+    return [num_layers // parts + (part < num_layers % parts) for part in range(parts)]
 
 
 def start(config: ParallelConfig, seed: int, *, alone: bool = False) -> Parallel:

@@ -32,7 +32,7 @@ FILES = (
 class RunFolder:
     """Output folder of a run that trains, held by the main rank.
 
-    with RunFolder.claim(Path("runs/x"), overwrite=False) as folder:
+    with RunFolder.claim(Path("runs/x"), overwrite=False) as folder:    # begins with a folder that is clear
         ...
         folder.finish()    # without it the run counts as broken off
     """
@@ -42,10 +42,9 @@ class RunFolder:
 
     @classmethod
     def claim(cls, path: Path, *, overwrite: bool, init: Path | None = None) -> RunFolder:
-        """Take the folder for a new run, creating it where it is missing.
+        """Take the folder for a new run, creating it where it is missing; nothing is removed before `begin`.
 
-        Files of a finished run are removed with `overwrite`; those of a run that was broken off are moved as a whole
-        to unfinished-DATE-TIME. init: weights that the new run starts from.
+        init: weights that the new run starts from.
         Raises ValueError when the folder cannot be written, another run lives in it, a finished run would be lost, or
         `init` lies among the files to go. A file system without locks lets a second run in.
         """
@@ -53,13 +52,20 @@ class RunFolder:
         file = (path / STATE).open("a+", encoding="utf-8")
         try:
             state = _lock(path, file)
-            _make_room(path, state, overwrite, init)
+            _check_room(path, state, overwrite, init)
         except BaseException:
             file.close()
             raise
-        folder = cls(path, {"pid": os.getpid(), "host": socket.gethostname(), "started": _now()}, file)
-        folder._write({"finished": None})
-        return folder
+        return cls(path, state, file)
+
+    def begin(self) -> None:
+        """Begin the run: files of a finished one are removed, those of one that was broken off moved aside as a whole.
+
+        They go to unfinished-DATE-TIME.
+        """
+        _make_room(self.path, self._state)
+        self._state = {"pid": os.getpid(), "host": socket.gethostname(), "started": _now()}
+        self._write({"finished": None})
 
     def finish(self) -> None:
         """Note that the run did all it was asked for."""
@@ -77,6 +83,7 @@ class RunFolder:
         self._file.flush()
 
     def __enter__(self) -> RunFolder:
+        self.begin()
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -128,22 +135,23 @@ def _read(file: TextIO) -> dict[str, Any]:
     return state if isinstance(state, dict) else {}
 
 
-def _make_room(path: Path, state: dict[str, Any], overwrite: bool, init: Path | None) -> None:
-    """Remove or move aside what an earlier run left."""
-    old = [path / name for name in FILES if (path / name).exists()]
-    finished = state.get("finished") or (not state and (path / "weights").exists())
+def _check_room(path: Path, state: dict[str, Any], overwrite: bool, init: Path | None) -> None:
+    """Raise ValueError where a finished run would be lost, or the weights that the new run starts from."""
+    finished = _finished(path, state)
     if finished and not overwrite:
         when = f" on {finished}" if isinstance(finished, str) else ""
         raise ValueError(
             f"run.out: {path} holds a run that finished{when}: choose another folder, or replace it with "
             "run.overwrite=true"
         )
-    if init is not None and any(init.absolute().is_relative_to(file.absolute()) for file in old):
+    if init is not None and any(init.absolute().is_relative_to(file.absolute()) for file in _old(path)):
         raise ValueError(f"run.init = {init} is among the files that this run replaces: choose another run.out")
-    if not old:
-        return
-    aside = None if finished else path / f"unfinished-{state.get('started') or _now()}"
-    for file in old:
+
+
+def _make_room(path: Path, state: dict[str, Any]) -> None:
+    """Remove or move aside what an earlier run left."""
+    aside = None if _finished(path, state) else path / f"unfinished-{state.get('started') or _now()}"
+    for file in _old(path):
         if aside is not None:
             aside.mkdir(exist_ok=True)
             file.rename(aside / file.name)
@@ -151,6 +159,15 @@ def _make_room(path: Path, state: dict[str, Any], overwrite: bool, init: Path | 
             shutil.rmtree(file)
         else:
             file.unlink()
+
+
+def _finished(path: Path, state: dict[str, Any]) -> Any:
+    """Return when the earlier run finished, True where only its weights tell, or nothing."""
+    return state.get("finished") or (not state and (path / "weights").exists())
+
+
+def _old(path: Path) -> list[Path]:
+    return [path / name for name in FILES if (path / name).exists()]
 
 
 def _now() -> str:

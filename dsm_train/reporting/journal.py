@@ -6,14 +6,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
+
 from dsm_train.data.tasks import Task
 from dsm_train.data.tokenizer import Tokenizer
 from dsm_train.eval.evaluate import Evaluator
 from dsm_train.megatron.parallel import Parallel
 from dsm_train.packing.microbatch import sequence_lengths
 from dsm_train.reporting.metrics import Samples
+from dsm_train.rollout.grading import read_samples, rollout_metrics
 from dsm_train.rollout.record import write_rollouts
-from dsm_train.rollout.score import read_samples, rollout_metrics
 from dsm_train.run import Loop
 from dsm_train.types import Rollouts
 from dsm_train.update import StepResult, step_metrics
@@ -50,7 +52,10 @@ class Journal:
     ) -> None:
         """Write down step `step` (from 0) of the loop. Collective."""
         number = step + 1
+        assert rollouts.reward_S is not None
+        rewards = torch.cat(self.parallel.gather_over_data(rollouts.reward_S))
         values = self.parallel.average(rollout_metrics(rollouts)) | step_metrics(results)
+        values["reward_std"] = float(rewards.std()) if len(rewards) > 1 else 0.0
         if not self.has_reference:
             del values["kl"]  # there is nothing to measure it against
         if self.record is not None and self.record_step in (0, number):

@@ -210,7 +210,7 @@ def _short(value: float) -> str:
 
 
 class Stopwatch:
-    """Seconds of the phases of a step: `laps` by name; with `tokens` set, their rate over the whole step."""
+    """Stopwatch of the phases of a step: seconds by name in `laps`."""
 
     def __init__(self) -> None:
         self.laps: dict[str, float] = {}

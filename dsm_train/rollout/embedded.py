@@ -168,7 +168,7 @@ class _Decoding:
         self._choose(self.model.hidden(token_B, position_B, attend))
 
     def _choose(self, hidden_BD: Tensor | None) -> None:
-        """Sample the next token of the active rows, and retire those that end. The states come from where the head is."""
+        """Sample the next token of the active rows, and retire those that end; the states are where the head is."""
         rows, parallel = self.active, self.model.parallel
         parallel.watchdog.beat()
         logits_BV = None if hidden_BD is None else self.model.logits(hidden_BD)

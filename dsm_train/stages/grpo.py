@@ -45,13 +45,14 @@ def train_grpo(config: GrpoConfig) -> None:
             policy.restart(config.optim, updates)
         before = evaluator.greedy_accuracy(heldout)
         job.metrics.log(0, "grpo", {"heldout_accuracy": before})
-        reference = policy.frozen_copy() if algo.objective.kl_coef > 0 else None
+        reference = policy.frozen_copy() if algo.has_reference else None
         reinforce(job, questions, algo, policy, reference, engine, journal(job, questions, algo, evaluator))
         seconds = job.seconds()
         after = evaluator.greedy_accuracy(heldout)
         job.metrics.log(config.steps, "grpo", {"heldout_accuracy": after})
         if config.eval.samples:
             learnt["pass_at_k"] = evaluator.pass_at_k(heldout, config.eval.samples)
+        engine.close()
         job.save(policy, tokenizer)
         if job.parallel.is_main:
             write_report(job.out, Report(before, after, seconds, learnt))
@@ -71,7 +72,7 @@ def journal(job: Job[GrpoConfig], questions: Questions, algo: Algorithm, evaluat
         steps=config.steps,
         every=config.eval.every,
         max_new_tokens=config.sampling.max_new_tokens,
-        has_reference=algo.objective.kl_coef > 0,
+        has_reference=algo.has_reference,
         record=config.record,
         record_step=config.record_step,
     )

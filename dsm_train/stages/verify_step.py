@@ -21,8 +21,8 @@ from dsm_train.packing.packer import Packer
 from dsm_train.prepare import check_batch, prepare
 from dsm_train.rollout.record import read_rollouts
 from dsm_train.types import Rollouts
-from dsm_train.verify.comparison import TOLERANCES, compare, table
-from dsm_train.verify.replay import Replay, Replayed
+from dsm_train.verify.comparison import TOLERANCES, Replayed, compare, table
+from dsm_train.verify.replay import Replay
 from dsm_train.verify.synthetic import synthetic_rollouts
 
 PROG = "dsm-train verify-step"
@@ -144,7 +144,7 @@ def check_batch_fits(rollouts: Rollouts, config: VerifyStepConfig, algo: Algorit
             f"{name} teaches nothing, as the rewards of each group are all equal, and there is nothing but rounding to "
             "compare: record another step, with record_step=N"
         )
-    if algo.objective.kl_coef > 0 and rollouts.ref_logprob_T is None:
+    if algo.has_reference and rollouts.ref_logprob_T is None:
         raise ValueError(f"{name} was recorded without a reference model: set algorithm.kl_coef=0")
     tokens = torch.cat([sequences.prompt_token, sequences.response_token_T])
     if tokens.numel() and not 0 <= int(tokens.min()) <= int(tokens.max()) < vocab_size:

@@ -66,7 +66,7 @@ class Tolerance:
         Adam's first step is the gradient's sign, so that weights whose gradient is rounding alone have moved apart, and
         gradients with them.
         """
-        return replace(self, relative=100 * self.relative, update=10 * self.update)
+        return replace(self, relative=min(100 * self.relative, 0.3), update=10 * self.update)
 
 
 TOLERANCES = {"fp32": Tolerance(1e-5, 1e-3, 1e-4), "bf16": Tolerance(3e-2, 0.3, 1e-2)}

@@ -87,12 +87,12 @@ class Replay:
         """Score each batch and update the model by it, as training does. Collective."""
         algo, temperature = self.algorithm, self.sampling.temperature
         model = model_type.build(self.spec, parallel, self.optim, len(self.batches) * algo.updates)
-        reference = model.frozen_copy() if algo.objective.kl_coef > 0 else None
+        reference = model.frozen_copy() if algo.has_reference else None
         results, logprobs = [], []
         for number, batch in enumerate(self.batches, start=1):
             parallel.watchdog.enter(f"exploration stage {number} of verify-step")
             index_S = self._share(batch.sequences, parallel)
-            scored, computed = score(batch.take(index_S), model, reference, algo, temperature, packer)
+            scored, computed = with_distances(batch.take(index_S), model, reference, algo, temperature, packer)
             logprobs.append(whole_batch(computed, batch.sequences, index_S, parallel))
             results += update(model, scored, algo, self.sampling, packer)
         sizes = [(s.num_responses, s.response_token_T.numel()) for s in (batch.sequences for batch in self.batches)]
@@ -127,7 +127,7 @@ def _step(result: StepResult, seen: Witnessed, num_responses: int, num_tokens: i
     )
 
 
-def score(
+def with_distances(
     batch: Rollouts, policy: Model, reference: Model | None, algo: Algorithm, temperature: float, packer: Packer
 ) -> tuple[Rollouts, dict[str, Tensor]]:
     """Compute log-probabilities as training does, and put the batch's distances on top.
@@ -182,7 +182,9 @@ def measure(
     objective = loss.objective
     totals = torch.zeros(2, dtype=torch.float64)
     bare = replace(objective, kl_coef=0.0, entropy_coef=0.0)
-    for out, batch in zip(outputs if parallel.is_replica_main else (), micro_batches, strict=False):
+    if not parallel.is_replica_main:
+        return totals
+    for out, batch in zip(outputs, micro_batches, strict=True):
         r, cu = loss.rows.take(batch.row_T), batch.response_cu.cpu()
         logprob_T, entropy_T = out.logprob_T.float().cpu(), out.entropy_T.float().cpu()
         # The surrogate has the advantage's sign (cispo's the other), so that weights of that sign add up sizes.

@@ -97,7 +97,8 @@ def test_two_runs_at_once(tmp_path: Path):
 def test_half_a_state_is_an_unfinished_run(tmp_path: Path):
     (tmp_path / "run.json").write_text('{"pid": 1, "finis')
     (tmp_path / "metrics.jsonl").write_text("old")
-    RunFolder.claim(tmp_path, overwrite=False).close()
+    with RunFolder.claim(tmp_path, overwrite=False):
+        pass
     assert [path.read_text() for path in tmp_path.glob("unfinished-*/metrics.jsonl")] == ["old"]
 
 
@@ -128,3 +129,11 @@ def test_tensorboard_shows_one_run(tmp_path: Path):
     events.Reload()
     (tag,) = events.Tags()["tensors"]
     assert [event.tensor_proto.float_val[0] for event in events.Tensors(tag)] == [0.75]
+
+
+def test_nothing_is_removed_before_the_run_begins(tmp_path: Path) -> None:
+    write_run(tmp_path, "old", finish=True)
+    RunFolder.claim(tmp_path, overwrite=True).close()  # a start that is refused after the claim
+    assert (tmp_path / "metrics.jsonl").read_text() == "old"
+    with pytest.raises(ValueError, match="holds a run that finished"):  # and it still counts as finished
+        RunFolder.claim(tmp_path, overwrite=False)

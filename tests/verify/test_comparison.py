@@ -104,3 +104,11 @@ def test_log_probabilities_are_compared_by_stage_and_steps_by_number() -> None:
     wrong = {line.name: line.difference for line in lines if not line.holds}
     assert wrong.keys() == {"old log-probability of stage 2", "step 2: learning rate"}
     assert wrong["old log-probability of stage 2"] == pytest.approx(1e-2 / 2, rel=1e-3)  # of the token at -1
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_a_halved_gradient_is_found_in_a_later_step_too(dtype: str) -> None:
+    halved = step(gradient={name: value / 2 for name, value in step().gradient.items()}, grad_norm=1.0)
+    lines = compare(Replayed([step(), halved], []), Replayed([step(), step()], []), TOLERANCES[dtype])
+    wrong = {line.name for line in lines if not line.holds}
+    assert {"step 2: gradient norm", "step 2: gradient output_layer", "step 2: gradient input_layernorm"} <= wrong

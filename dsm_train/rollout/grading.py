@@ -27,7 +27,7 @@ def verdicts(rollouts: Rollouts, tasks: Sequence[Task], tokenizer: Tokenizer, gr
     )
 
 
-def score(rollouts: Rollouts, tasks: Sequence[Task], tokenizer: Tokenizer, grader: Grader) -> Rollouts:
+def with_rewards(rollouts: Rollouts, tasks: Sequence[Task], tokenizer: Tokenizer, grader: Grader) -> Rollouts:
     """Reward every response: `tasks[p]` is the task of prompt p."""
     rewards = [verdict.reward for verdict in verdicts(rollouts, tasks, tokenizer, grader)]
     return replace(rollouts, reward_S=torch.tensor(rewards, dtype=torch.float32))
@@ -67,7 +67,6 @@ def rollout_metrics(rollouts: Rollouts) -> dict[str, float]:
     spread_P = reward_PG.amax(1) - reward_PG.amin(1)
     return {
         "reward": float(reward_PG.mean()),
-        "reward_std": float(reward_PG.std()) if reward_PG.numel() > 1 else 0.0,
         "groups_without_spread": float((spread_P == 0).float().mean()),
         "response_tokens": sequences.response_token_T.numel() / sequences.num_responses,
         "finished": float(rollouts.finished_S.float().mean()),
