@@ -554,3 +554,27 @@ def test_closed_lists_are_those_of_the_ops_and_presets():
     assert get_args(config.KL) == get_args(objective.KL)
     assert get_args(config.Scale) == get_args(group_advantage.Scale)
     assert get_args(config.Preset) == tuple(PRESETS)
+
+
+def test_a_stage_is_a_row_and_a_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    """The file holds configuration and function; what is heavy is imported in the function."""
+    (tmp_path / "echo_stage.py").write_text(
+        "from dataclasses import dataclass\n\n"
+        "from dsm_train.configs import StageConfig\n\n\n"
+        "@dataclass(frozen=True)\n"
+        "class EchoConfig(StageConfig):\n"
+        "    word: str = 'nothing'\n"
+        '    """Word to say."""\n\n\n'
+        "def echo(config: EchoConfig) -> None:\n"
+        "    print(config.word, config.run.seed)\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    row = table.Stage("echo", "Say a word.", "echo_stage:EchoConfig", "echo_stage:echo")
+    monkeypatch.setattr(table, "STAGES", (*table.STAGES, row))
+    main(["echo", "word=hello", "run.seed=3"])
+    assert capsys.readouterr().out == "hello 3\n"
+    with pytest.raises(SystemExit):
+        main(["echo", "--help"])
+    assert "Word to say." in capsys.readouterr().out and "echo  " in table.usage()

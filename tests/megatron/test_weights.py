@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from dsm_train.config import ModelConfig
+from dsm_train.data.tokenizer import train_tokenizer
 from dsm_train.megatron import weights
 from dsm_train.megatron.heads import HeadSpec
 from dsm_train.megatron.model import build_model
@@ -154,3 +155,15 @@ def test_what_the_weights_decide_is_not_asked_for_otherwise(tmp_path: Path) -> N
     weights.check_model(tmp_path, saved, asked, {"model.dtype": "", "model.max_length": "", "model.hidden_size": ""})
     with pytest.raises(ValueError, match=r"^x.yaml:3: model.num_layers = 7, and the weights of run.init = .* have 2"):
         weights.check_model(tmp_path, saved, asked, {"model.num_layers": "x.yaml:3: "})
+
+
+def test_weights_know_the_tokenizer_that_they_were_trained_with(layout: Parallel, tmp_path: Path) -> None:
+    """Another tokenizer of the same size would score garbage without a word."""
+    tokenizer, other = (train_tokenizer([text], 262) for text in ("ab ab ab ab", "xy xy xy xy"))
+    assert tokenizer.vocab_size == other.vocab_size
+    built = build_model(tiny.MODEL, HeadSpec(tokenizer.vocab_size), layout)
+    weights.save_weights(tmp_path, built, tiny.MODEL, layout, tokenizer)
+    weights.check_tokenizer(tmp_path, tokenizer)
+    assert weights.saved_model(tmp_path, tiny.MODEL) == tiny.MODEL
+    with pytest.raises(ValueError, match="was trained with another tokenizer .* use the tokenizer that lies beside"):
+        weights.check_tokenizer(tmp_path, other)
