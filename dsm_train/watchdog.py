@@ -4,12 +4,12 @@ Every rank reports to the run's store, from a thread of its own: the phase it is
 whether its main thread waits for other ranks. It reads what the others report. The first that sees that the run has
 stopped leaves a verdict in the store; all ranks end by it, and one of each node prints it.
 
-What a verdict rests on:
+A verdict rests on three facts:
 
 - A rank whose reports stop changing is dead or stopped: to report needs nothing but the process.
 - The run stands still when no rank makes progress (`enter`, `beat`) and at least one waits. It is the ranks that do not
-  wait that are waited for. Whether a rank waits is read off its main thread's stack, and off its GPU, which is busy
-  while a collective on it waits.
+  wait that are waited for. A rank's waiting is read off its main thread's stack, and off its GPU, which is busy while
+  a collective on it waits.
 - An exception within a collective is mostly the echo of another rank's end, which is looked for first.
 """
 

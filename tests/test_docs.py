@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import io
 import re
@@ -54,6 +55,17 @@ def test_links_within_the_repository_lead_to_files_and_headings(page: Path) -> N
 def test_no_sentence_of_a_page_begins_with_a_word_that_hides_its_subject(page: Path) -> None:
     text = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
     hidden = re.findall(r"(?:^|[.!?:] |\| )(?:Of|What|Where|Whether) .{0,40}", text, re.MULTILINE)
+    assert not hidden
+
+
+def test_no_sentence_of_a_docstring_begins_with_a_word_that_hides_its_subject() -> None:
+    hidden = []
+    for package in ("dsm_train", "triton_kernels", "benchmarks"):
+        for path in sorted((ROOT / package).rglob("*.py")):
+            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+                text = node.value.value if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) else None
+                if isinstance(text, str) and re.search(r"(?:^|[.!?] +)(?:Of|What|Where|Whether) ", text):
+                    hidden.append(f"{path.relative_to(ROOT)}:{node.lineno}")
     assert not hidden
 
 

@@ -127,8 +127,8 @@ def load_cpp() -> None:
 def implementations() -> dict[str, dict[str, str]]:
     """Name of the implementation of each op on each device ("cpu", "cuda"), read off the dispatcher.
 
-    "C++", "Triton", "Triton (interpreter)", "PyTorch reference" or the pieces that an op is composed of. Where Triton
-    serves, fp64 tensors go to the reference.
+    "C++", "Triton", "Triton (interpreter)", "PyTorch reference" or the pieces that an op is composed of.
+    Triton leaves fp64 tensors to the reference.
     """
     return {name: {device: implementation(name, device) for device in ("cpu", "cuda")} for name in OPS}
 

@@ -123,7 +123,7 @@ class Model:
         )
 
     def head_weight(self) -> Tensor:
-        """Slice this rank's rows of the language head [V, D] from those that pad the vocabulary. Where the head is."""
+        """Slice this rank's rows of the language head [V, D] from those that pad the vocabulary; where the head is."""
         weight_VD = self.chunks[-1].head_weight()
         first = self.parallel.groups.tp.rank() * len(weight_VD)
         return weight_VD[: max(0, self.spec.vocab_size - first)]
@@ -149,7 +149,7 @@ class Model:
     def logits(self, hidden_BD: Tensor) -> Tensor:
         """Compute logits [B, V] over the whole vocabulary, fp32 out of the product as those of the log-probabilities.
 
-        Where the head is, the same on each tensor-parallel rank.
+        They are where the head is, the same on each tensor-parallel rank.
         """
         weight_VD = self.chunks[-1].head_weight()
         if hidden_BD.is_cuda and hidden_BD.dtype == torch.bfloat16:

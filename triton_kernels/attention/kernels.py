@@ -6,7 +6,7 @@ another address. A program of dK and dV takes one tile of keys and one key head,
 for all query heads of that key head. No two programs add to the same address: partial sums have slots of their own,
 which are added in order.
 
-Where a tile overhangs its range, it loads the range's last row again and masks it, so that nothing beyond, not even
+A tile that overhangs its range loads the range's last row again and masks it, so that nothing beyond, not even
 NaN, reaches a result.
 
 T packed tokens, H query heads, J key heads, R = H / J, K head size, I work items, M tiles of keys with slots to add.

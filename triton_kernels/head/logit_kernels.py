@@ -16,7 +16,7 @@ _LOG_ZERO = tl.constexpr(LOG_ZERO)
 
 @triton.jit
 def tanh(x):
-    """Within 1e-7 of tanh: a series near 0, where the quotient would cancel."""
+    """Approximate tanh within 1e-7: a series near 0, where the quotient would cancel."""
     e = tl.exp(-2.0 * tl.abs(x))
     quotient = (1.0 - e) / (1.0 + e)
     square = x * x

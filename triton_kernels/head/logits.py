@@ -90,7 +90,7 @@ def scaled(logits_CV: Tensor, bias_V: Tensor | None, temperature: float, softcap
 
 
 def in_shard(local_target_T: Tensor, V: int) -> tuple[Tensor, Tensor]:
-    """(an id of this shard for every row, True where it is the row's target)."""
+    """Map targets to (an id of this shard for every row, True where it is the row's target)."""
     id_T = local_target_T.long().clamp(0, V - 1)
     return id_T, id_T == local_target_T
 

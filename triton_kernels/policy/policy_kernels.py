@@ -221,7 +221,7 @@ def launch_policy_loss(
 
 
 def kernel_scalars(o: Objective) -> tuple[float, ...]:
-    """ratio_low, ratio_high, kl_coef, dual_clip, delta; the last two are infinite where they are off."""
+    """Convert to ratio_low, ratio_high, kl_coef, dual_clip, delta; the last two are infinite where they are off."""
     dual_clip, delta = (float("inf") if bound is None else bound for bound in (o.dual_clip, o.delta))
     return 1 - o.clip_low, 1 + o.clip_high, o.kl_coef, dual_clip, delta
 
