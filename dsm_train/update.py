@@ -99,23 +99,27 @@ def optimizer_step(
 
 def whole_step(outputs: Sequence[LossOutput], names: Names, parallel: Parallel) -> tuple[float, Stats]:
     """Reduce loss and statistics over the micro-batches of all ranks; only ranks with the head have any."""
-    parts = outputs if parallel.is_replica_main else []
-    stats = [Stats.nothing(names), *(out.stats for out in parts)]
-    loss = torch.stack([torch.zeros(()), *(out.loss.detach().float().cpu() for out in parts)])
-    sums = [loss, *(_column([s.sums[name] for s in stats]) for name in names.sums)]
-    total = parallel.all_reduce(torch.stack([column.sum() for column in sums]), dist.ReduceOp.SUM)
-    maxima, minima = {}, {}
-    if names.maxima:
-        highest = torch.stack([_column([s.maxima[name] for s in stats]).amax() for name in names.maxima])
-        maxima = dict(zip(names.maxima, parallel.all_reduce(highest, dist.ReduceOp.MAX), strict=True))
-    if names.minima:
-        lowest = torch.stack([_column([s.minima[name] for s in stats]).amin() for name in names.minima])
-        minima = dict(zip(names.minima, parallel.all_reduce(lowest, dist.ReduceOp.MIN), strict=True))
-    return float(total[0]), Stats(dict(zip(names.sums, total[1:], strict=True)), maxima, minima)
+    table = _numbers(torch.zeros(()), Stats.nothing(names), names)[None]
+    if outputs and parallel.is_replica_main:  # one transfer from the device for all of them
+        counted = torch.stack([_numbers(out.loss.detach(), out.stats, names) for out in outputs])
+        table = torch.cat([table, counted.cpu()])
+    sums, maxima, minima = table.split([1 + len(names.sums), len(names.maxima), len(names.minima)], dim=1)
+    total = parallel.all_reduce(sums.sum(0), dist.ReduceOp.SUM)
+    highest = parallel.all_reduce(maxima.amax(0), dist.ReduceOp.MAX) if names.maxima else ()
+    lowest = parallel.all_reduce(minima.amin(0), dist.ReduceOp.MIN) if names.minima else ()
+    stats = Stats(
+        dict(zip(names.sums, total[1:], strict=True)),
+        dict(zip(names.maxima, highest, strict=True)),
+        dict(zip(names.minima, lowest, strict=True)),
+    )
+    return float(total[0]), stats
 
 
-def _column(values: Sequence[Tensor]) -> Tensor:
-    return torch.stack([value.detach().float().cpu() for value in values])
+def _numbers(loss: Tensor, stats: Stats, names: Names) -> Tensor:
+    """Lay loss, sums, maxima and minima out in one row, in the order of the names."""
+    values = [loss, *(stats.sums[name] for name in names.sums)]
+    values += [stats.maxima[name] for name in names.maxima] + [stats.minima[name] for name in names.minima]
+    return torch.stack([value.detach().float() for value in values])
 
 
 def step_metrics(results: Sequence[StepResult]) -> dict[str, float]:

@@ -55,7 +55,7 @@ def supervise(
     packer = job.packer(questions.tokenizer.vocab_size)
     with job.loop("sft", training.steps) as loop:
         for step in loop:
-            with loop.phase("supervised"):
+            with loop.phase("update"):
                 batch = draw(tasks, training.batch, step, seed)
                 sequences, loss = examples(batch, questions.tokenizer, training.prompt_loss, job.parallel)
                 result = optimizer_step(model, packer.pack(sequences), loss)
