@@ -76,3 +76,8 @@ def test_a_picture_can_be_drawn_again(script: Path, tmp_path: Path, monkeypatch:
     runpy.run_path(str(script))["draw"](tmp_path / "picture.png")
     assert (tmp_path / "picture.png").stat().st_size > 10_000
     assert script.with_suffix(".png").exists()
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_no_placeholder_is_left_in_a_page(page: Path) -> None:
+    assert not re.search(r"^[A-Z_]{8,}$", page.read_text(encoding="utf-8"), re.MULTILINE)
