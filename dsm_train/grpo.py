@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from dsm_train.config import AlgorithmConfig, Average, Scale
+from dsm_train.rewards.config import RewardConfig
 from triton_kernels import Objective
 
 
@@ -25,6 +26,8 @@ class Algorithm:
     """Optimizer steps in a pass over an exploration stage's rollouts."""
     epochs: int = 1
     """mu, the passes over them."""
+    finished_only: bool = False
+    """Leave the responses that the length limit cut off out of advantages and loss."""
 
     @property
     def updates(self) -> int:
@@ -56,8 +59,8 @@ PRESETS: dict[str, Algorithm] = {
 }
 
 
-def algorithm(config: AlgorithmConfig) -> Algorithm:
-    """Override the preset by what the configuration sets."""
+def algorithm(config: AlgorithmConfig, rewards: RewardConfig | None = None) -> Algorithm:
+    """Override the preset by what the configuration sets; `rewards` decides about responses that were cut off."""
     preset = PRESETS[config.preset]
     shared = {field.name for field in fields(Objective)} & {field.name for field in fields(config)}
     overrides = {name: getattr(config, name) for name in shared}
@@ -67,7 +70,8 @@ def algorithm(config: AlgorithmConfig) -> Algorithm:
             "algorithm.reference_every renews the reference model, and kl_coef = 0 keeps none: set one of them"
         )
     average, scale = config.average or preset.average, config.scale or preset.scale
-    return Algorithm(objective, average, scale, config.minibatches, config.epochs)
+    finished_only = rewards is not None and rewards.unfinished == "mask"
+    return Algorithm(objective, average, scale, config.minibatches, config.epochs, finished_only)
 
 
 def token_weights(

@@ -58,22 +58,30 @@ def minibatches(
 
     The advantage of every token is its response's group-relative reward (outcome supervision, section 4.1.2). Weights
     are normalised over the minibatch of all data-parallel replicas, before responses that cannot move the policy are
-    left out. Collective; a replica may have none.
+    left out. Responses that the algorithm masks are absent: they are in no group's statistics and in no weight's.
+    Collective; a replica may have none.
     """
     assert rollouts.reward_S is not None, "rollouts are graded before they are learnt from"
     sequences, cu = rollouts.sequences, rollouts.sequences.response_cu
+    present_S = rollouts.finished_S if algo.finished_only else torch.ones_like(rollouts.finished_S, dtype=torch.bool)
+    length_S = cu.diff().long()
     bounds = [sequences.num_prompts * i // algo.minibatches for i in range(algo.minibatches + 1)]
     cuts = list(pairwise(sequences.group_cu[bounds].tolist()))
-    mine = torch.tensor([(last - first, int(cu[last] - cu[first])) for first, last in cuts])
+    present = [present_S[first:last] for first, last in cuts]
+    lengths = [length_S[first:last] for first, last in cuts]
+    mine = torch.tensor([(int(p.sum()), int(n[p].sum())) for p, n in zip(present, lengths, strict=True)])
     counts = torch.stack(parallel.gather_over_data(mine)).sum(0).tolist()
     weights = [
         token_weights(cu[first : last + 1], algo.average, num_responses, num_tokens, fixed_length)
         for (first, last), (num_responses, num_tokens) in zip(cuts, counts, strict=True)
     ]
-    advantage_S = advantages(rollouts.reward_S, sequences.group_cu, algo, parallel)
-    advantage_T = advantage_S.repeat_interleave(cu.diff().long())
-    rows = Rows(torch.cat(weights), advantage_T, rollouts.old_logprob_T, rollouts.ref_logprob_T)
-    moves_S = moves_policy(advantage_S, algo.objective)
+    sizes = [int(group.sum()) for group in present_S.split(sequences.group_cu.diff().tolist())]
+    advantage_S = torch.zeros_like(rollouts.reward_S)
+    advantage_S[present_S] = advantages(rollouts.reward_S[present_S], offsets(sizes), algo, parallel)
+    advantage_T = advantage_S.repeat_interleave(length_S)
+    weight_T = torch.cat(weights) * present_S.repeat_interleave(length_S)
+    rows = Rows(weight_T, advantage_T, rollouts.old_logprob_T, rollouts.ref_logprob_T)
+    moves_S = moves_policy(advantage_S, algo.objective) & present_S
     kept = [first + moves_S[first:last].nonzero().squeeze(1) for first, last in cuts]
     return [(sequences.take(index_S), rows.take(sequences.rows_of(index_S))) for index_S in kept]
 

@@ -174,3 +174,21 @@ def test_taking_rows_keeps_what_is_absent_absent(layout: Parallel) -> None:
     joined = Rows.concatenate([taken, rows])
     assert joined.old_logprob_T is None
     assert torch.equal(joined.ref_logprob_T, torch.cat([taken.ref_logprob_T, rows.ref_logprob_T]))
+
+
+@pytest.mark.parametrize("average", ["response", "token", "fixed"])
+@pytest.mark.parametrize("scale", ["std", "batch"])
+def test_masked_responses_are_as_if_they_were_never_sampled(average: str, scale: str, layout: Parallel) -> None:
+    whole = replace(rollouts(), finished_S=torch.tensor([True, False, True, True]))
+    algo = Algorithm(Objective(), average=average, scale=scale, finished_only=True)
+    ((part, rows),) = minibatches(whole, algo, 4, layout)
+    ((expected_part, expected),) = minibatches(
+        whole.take(whole.finished_S.nonzero().squeeze(1)), replace(algo, finished_only=False), 4, layout
+    )
+    assert part.num_responses == 3 and torch.equal(part.response_token_T, expected_part.response_token_T)
+    for name, value in expected.present().items():
+        assert torch.equal(rows.present()[name], value), name
+    # and with the other three gone, minibatches are still those of all questions
+    alone = replace(whole, finished_S=torch.tensor([False, False, False, True]))
+    first, second = minibatches(alone, replace(algo, minibatches=2), 4, layout)
+    assert (first[0].num_responses, second[0].num_responses) == (0, 1)

@@ -17,8 +17,9 @@ class RewardConfig:
     """Weight of stating the gold answer, exactly."""
     format: float = 0.0
     """Weight of ending in one line "#### number" that states the answer for the only time."""
-    unfinished: Literal["zero", "keep"] = "zero"
-    """Responses that the length limit cut off: zero (no reward, wrong in evaluation), or keep (graded as they are)."""
+    unfinished: Literal["zero", "mask", "keep"] = "zero"
+    """Responses that the length limit cut off: zero (no reward), mask (left out of advantages and loss) or keep (graded
+    as they are). Evaluation counts them as wrong, unless they are kept."""
 
     def __post_init__(self) -> None:
         for name, weight in (("numeric", self.numeric), ("format", self.format)):

@@ -35,7 +35,7 @@ class Grader:
         return [self._verdict(*row) for row in zip(responses, tasks, finished, strict=True)]
 
     def _verdict(self, response: str, task: Task, finished: bool) -> Verdict:
-        if not finished and self.config.unfinished == "zero":
+        if not finished and self.config.unfinished != "keep":
             return Verdict(reward=0.0, correct=False)
         stated = numeric_reward(response, task.answer)
         reward = self.config.numeric * stated

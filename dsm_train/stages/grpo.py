@@ -24,7 +24,7 @@ STAGE = "grpo"
 def train_grpo(config: GrpoConfig) -> None:
     """Train a policy from what the configuration names, and write weights, metrics, report and curve."""
     with user_errors(f"dsm-train {STAGE}"):
-        algo = algorithm(config.algorithm)
+        algo = algorithm(config.algorithm, config.rewards)
         prompts = config.algorithm.prompts_per_step
         check_batch(config.parallel, "algorithm.prompts_per_step", prompts, algo.minibatches)
         check_record(config.record)

@@ -86,7 +86,7 @@ def make_plan(config: VerifyStepConfig) -> Plan:
         raise ValueError("give one of batch=FILE, which dsm-train grpo record=FILE writes, and --synthetic")
     if config.synthetic and config.algorithm.entropy_coef is None:
         config = replace(config, algorithm=replace(config.algorithm, entropy_coef=SYNTHETIC_ENTROPY))
-    algo = algorithm(config.algorithm)
+    algo = algorithm(config.algorithm, config.rewards)
     if config.shuffle and algo.minibatches > 1:
         raise ValueError("shuffle would put other groups into each minibatch: set algorithm.minibatches=1 beside it")
     config, questions = prepare(config, None)

@@ -271,3 +271,12 @@ def test_steps_that_teach_nothing_and_responses_that_are_cut_off_are_said_once(
     cut_off = [line for line in said if "of the responses were cut off at sampling.max_new_tokens = 5" in line]
     assert len(flat) == len(cut_off) == 1
     assert flat[0].startswith("5 steps to step 5:") and "samples.jsonl" in flat[0]
+
+
+def test_masked_responses_are_learnt_from_by_nobody(tmp_path: Path) -> None:
+    run("grpo", *GRPO, f"run.out={tmp_path}", "steps=1", "rewards.unfinished=mask", "algorithm.kl_coef=0.04")
+    (row,) = (row for row in metrics(tmp_path) if "loss" in row)
+    assert row["finished"] < 0.5 and row["loss"] is not None  # random weights hardly end a response
+    run("grpo", *GRPO, f"run.out={tmp_path / 'all'}", "steps=1", "sampling.max_new_tokens=1", "rewards.unfinished=mask")
+    (row,) = (row for row in metrics(tmp_path / "all") if "loss" in row)
+    assert row["finished"] == 0 and row["grad_norm"] == 0 and row["ratio"] is None

@@ -29,6 +29,7 @@ def test_the_reward_is_a_weighted_sum_and_correct_is_the_answer_alone(response: 
 def test_a_response_that_was_cut_off_earns_nothing_unless_it_is_kept() -> None:
     config = RewardConfig(format=0.5)
     assert verdict(config, "#### 72", finished=False) == Verdict(0.0, False)  # perhaps the beginning of 725
+    assert verdict(RewardConfig(unfinished="mask"), "#### 72", finished=False) == Verdict(0.0, False)
     kept = RewardConfig(format=0.5, unfinished="keep")
     assert verdict(kept, "#### 72", finished=False) == verdict(config, "#### 72") == Verdict(1.5, True)
 
