@@ -2,26 +2,35 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
+from matplotlib.axes import Axes
 from style import MARK, QUIET, ROLLOUT, SCORE, UPDATE, arrow, box, canvas, save, step, text
 
 WIDTH, HEIGHT, GAP = 1.95, 1.05, 0.3
 
 
+def draw_row(
+    axes: Axes, left: float, y: float, steps: Sequence[tuple[str, str, str]], colour: str, height: float = HEIGHT
+) -> None:
+    """Draw steps (title, words, file) from left to right, with an arrow between neighbours."""
+    for index, (title, words, file) in enumerate(steps):
+        x = left + index * (WIDTH + GAP)
+        step(axes, x, y, WIDTH, height, colour, title, words, file)
+        if index:
+            arrow(axes, (x - GAP, y + HEIGHT / 2), (x, y + HEIGHT / 2))
+
+
 def draw(path: Path) -> None:
-    """Straight line above, the rounds below it, the end below those."""
+    """Draw the straight line above, the rounds below it, the end below those."""
     figure, axes = canvas(11.8, 6.3)
     left, top = 0.35, 5.0
     before = (
         ("extract", "WARC and WET files to\ntext, mathematics as LaTeX", "text/extract.py"),
         ("dedup", "one page of each URL, text\nand near-duplicate group", "cleaning/dedup.py"),
     )
-    for index, (title, words, file) in enumerate(before):
-        x = left + index * (WIDTH + GAP)
-        step(axes, x, top, WIDTH, HEIGHT, ROLLOUT, title, words, file)
-        if index:
-            arrow(axes, (x - GAP, top + HEIGHT / 2), (x, top + HEIGHT / 2))
+    draw_row(axes, left, top, before, ROLLOUT)
     right = left + 2 * (WIDTH + GAP) + 0.1
     text(axes, right, top + 0.75, "40 billion pages in the paper.", ha="left", fontsize=9)
     words = (
@@ -41,24 +50,11 @@ def draw(path: Path) -> None:
         ("domains", "sites of which more than\n10 % was collected", "mining/domains.py"),
     )
     y = 3.05
-    for index, (title, words, file) in enumerate(loop):
-        x = left + index * (WIDTH + GAP)
-        step(axes, x, y, WIDTH, HEIGHT + 0.1, SCORE, title, words, file)
-        if index:
-            arrow(axes, (x - GAP, y + HEIGHT / 2), (x, y + HEIGHT / 2))
+    draw_row(axes, left, y, loop, SCORE, HEIGHT + 0.1)
     arrow(axes, (left + 1.5 * WIDTH + GAP, top), (left + 1.5 * WIDTH + GAP, 4.62))
     last, y_annotate = left + 4 * (WIDTH + GAP), 1.9
-    step(
-        axes,
-        last - 0.55,
-        y_annotate,
-        WIDTH + 0.55,
-        0.88,
-        UPDATE,
-        "annotate",
-        "a person in a browser, or rules",
-        "mining/annotate.py",
-    )
+    annotate = ("annotate", "a person in a browser, or rules", "mining/annotate.py")
+    step(axes, last - 0.55, y_annotate, WIDTH + 0.55, 0.88, UPDATE, *annotate)
     arrow(axes, (last + WIDTH / 2, y), (last + WIDTH / 2, y_annotate + 0.9))
     style = {"color": MARK, "lw": 1.6}
     arrow(
@@ -75,11 +71,7 @@ def draw(path: Path) -> None:
         ("decontaminate", "no page with 10 words in a\nrow of a benchmark", "cleaning/decontaminate.py"),
         ("tokenise", "Megatron's indexed dataset\nand a manifest", "tokenise.py"),
     )
-    for index, (title, words, file) in enumerate(after):
-        x = left + (3 + index) * (WIDTH + GAP)
-        step(axes, x, 0.3, WIDTH, HEIGHT, ROLLOUT, title, words, file)
-    x = left + 4 * (WIDTH + GAP)
-    arrow(axes, (x - GAP, 0.3 + HEIGHT / 2), (x, 0.3 + HEIGHT / 2))
+    draw_row(axes, left + 3 * (WIDTH + GAP), 0.3, after, ROLLOUT)
     x = left + 3.2 * (WIDTH + GAP)
     arrow(axes, (x, y), (x, 0.3 + HEIGHT))
     text(axes, x - 0.1, 1.55, "collected pages of the last round", ha="right", fontsize=8.5)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from matplotlib.axes import Axes
 from style import INK, MARK, NEUTRAL, PROMPT, QUIET, RESPONSES, SCORE, UPDATE, arrow, box, canvas, cell, save, text
 
 ROWS, VOCABULARY, CHUNK = 8192, 151936, 2**31
@@ -23,8 +24,12 @@ def draw(path: Path) -> None:
     text(axes, 1.95, 1.85, "and once more for", fontsize=9)
     text(axes, 1.95, 1.6, "their gradient", fontsize=9)
     text(axes, 0.4, 1.05, "stored from forward to backward", ha="left", fontsize=8.5, color=QUIET)
+    draw_chunk(axes, 3.7, chunk)
+    save(figure, path)
 
-    x = 3.7
+
+def draw_chunk(axes: Axes, x: float, chunk: int) -> None:
+    """Draw the five steps on a chunk of rows; `chunk`: rows that a workspace of 2 GiB holds."""
     text(
         axes,
         x,
@@ -72,7 +77,6 @@ def draw(path: Path) -> None:
         ha="left",
         fontsize=8.5,
     )
-    save(figure, path)
 
 
 if __name__ == "__main__":

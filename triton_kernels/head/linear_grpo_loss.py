@@ -76,11 +76,9 @@ def linear_grpo_loss(
     The gradients are those of the inputs that require them, computed here and multiplied in the backward pass; without
     any, or under `no_grad`, only the loss is computed. Everything but hidden states, weight and bias is a constant:
     where it requires a gradient, it gets none. A ratio per sequence needs all rows of a response at once: where the
-    longest response does not fit the workspace, the logits are computed twice. That reads `response_cu` on the host,
-    hence synchronises; so does `drop_zero_rows`, which leaves rows without a gradient (weight 0, clipped, advantage 0)
-    out of GEMMs: worth it where they are many.
-
-    Under torch.autocast hidden states and weight are converted as torch.mm's operands would be; all else stays.
+    longest does not fit the workspace, logits are computed twice. That reads `response_cu` on the host, hence
+    synchronises; so does `drop_zero_rows`, which keeps rows without a gradient (weight 0, clipped, advantage 0) out of
+    GEMMs. Under torch.autocast hidden states and weight are converted as torch.mm's operands would be.
 
     With a `tp_group` of several ranks `weight_VD` and `bias_V` are this rank's shard, as in `linear_logprob`, and
     `reduce_dx` says whether the hidden states' gradient is summed over the group here. Everything else is the same on
