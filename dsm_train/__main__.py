@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from importlib import metadata
 from importlib.util import find_spec
@@ -21,6 +22,8 @@ def main(argv: list[str] | None = None) -> None:
     # asleep, a step is as fast alone and several times faster beside others. Read when torch is first imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     arguments = sys.argv[1:] if argv is None else argv
+    if {"-h", "--help"} & set(arguments) and hasattr(signal, "SIGPIPE") and argv is None:
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `--help | head` ends without a traceback
     if not arguments or arguments[0] in ("-h", "--help"):
         print(table.usage())
         raise SystemExit(0 if arguments else 2)

@@ -38,7 +38,7 @@ def prepare(config: ConfigT, sampling: SamplingConfig | None) -> tuple[ConfigT, 
     the initial weights have it.
     """
     if config.run.init is not None:
-        saved = weights.saved_model(config.run.init, config.model)
+        saved = weights.saved_model(config.run.init, config.model, config.given)
         weights.check_model(config.run.init, saved, config.model, config.given)
         config = replace(config, model=saved)
     tasks = load_tasks(config.data)
@@ -85,12 +85,13 @@ def check_lengths(config: StageConfig, sampling: SamplingConfig, tasks: Sequence
     if total > limit:
         raise ValueError(
             f"the prompt of task {task.id} has {longest} tokens, and with sampling.max_new_tokens = "
-            f"{sampling.max_new_tokens} exceeds model.max_length = {limit}: {task.prompt[:60]!r}..."
+            f"{sampling.max_new_tokens} exceeds model.max_length = {limit}: lower the one or raise the other, "
+            f"or leave such prompts out with data.too_long=skip: {task.prompt[:60]!r}..."
         )
     if total > config.run.max_tokens:
         raise ValueError(
             f"run.max_tokens = {config.run.max_tokens} is less than the longest prompt ({longest} tokens) "
-            f"plus sampling.max_new_tokens = {sampling.max_new_tokens}"
+            f"plus sampling.max_new_tokens = {sampling.max_new_tokens}: raise the one or lower the other"
         )
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import math
 from dataclasses import dataclass, make_dataclass
 from pathlib import Path
 from types import NoneType, UnionType
@@ -16,6 +15,8 @@ import yaml
 Text = str | None | tuple["Text", ...]
 """Value as a recipe or a command line holds it, without a type yet; None is YAML's null."""
 
+_LARGEST = 3.4e38
+"""Bound of fp32, in which the trainer computes."""
 _WORDS = {int: "an integer", float: "a finite number", bool: "true or false", str: "a string", Path: "a path"}
 
 
@@ -72,8 +73,10 @@ def _parse_value(kind: Any, text: Text) -> Any:
             value = tyro.cli(value_type, args=[f"--value={text}"], config=(tyro.conf.FlagConversionOff,)).value
     except SystemExit:
         raise ValueError(f"not a {kind}: {text!r}") from None
-    if isinstance(value, float) and not math.isfinite(value):
-        raise ValueError(f"not finite: {text!r}")
+    if isinstance(value, float) and not abs(value) < _LARGEST:
+        raise ValueError(f"not finite in 32 bits: {text!r}")
+    if kind is Path and not text:
+        raise ValueError("an empty path")  # such as run.out=$UNSET
     return value
 
 

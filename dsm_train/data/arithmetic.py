@@ -68,8 +68,8 @@ def arithmetic_tasks(
     remaining = total if count is None else count
     if not 1 <= remaining <= total:
         raise ValueError(
-            f"count must be 1 to {total}, the number of {split} tasks of {', '.join(kinds)} with {digits} digits, "
-            f"got {count}: lower it or add kinds"
+            f"data.{split}_tasks must be 1 to {total}, the number of {split} tasks of {', '.join(kinds)} with {digits} "
+            f"digits, got {count}: lower it or add kinds"
         )
     rng = random.Random(seed)
     tasks: list[Task] = []

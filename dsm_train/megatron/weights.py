@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -225,8 +225,10 @@ def save_weights(
         (folder / f"{file}.tmp").replace(folder / file)
 
 
-def saved_model(folder: Path, model: ModelConfig) -> ModelConfig:
+def saved_model(folder: Path, model: ModelConfig, given: Collection[str] = ("model.max_length",)) -> ModelConfig:
     """Read the configuration of saved weights; how to run them (`_AS_GIVEN`) stays as in `model`.
+
+    given: keys that the user set; without model.max_length among them, the length is that of the weights too.
 
     Raises `ValueError` when the folder holds no weights, or none that this trainer wrote.
     """
@@ -240,7 +242,8 @@ def saved_model(folder: Path, model: ModelConfig) -> ModelConfig:
         raise ValueError(
             f"run.init: {folder / MODEL_FILE} does not describe a model ({error}): write it anew"
         ) from error
-    return replace(saved, **{name: getattr(model, name) for name in _AS_GIVEN})
+    kept = [name for name in _AS_GIVEN if name != "max_length" or "model.max_length" in given]
+    return replace(saved, **{name: getattr(model, name) for name in kept})
 
 
 def check_model(folder: Path, saved: ModelConfig, asked: ModelConfig, given: Mapping[str, str]) -> None:

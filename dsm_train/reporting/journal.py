@@ -54,7 +54,10 @@ class Journal:
         number = step + 1
         assert rollouts.reward_S is not None
         rewards = torch.cat(self.parallel.gather_over_data(rollouts.reward_S))
+        logprob_T = rollouts.rollout_logprob_T  # replicas differ in tokens: their means may not be averaged
+        sums = self.parallel.gather_over_data((float(logprob_T.double().sum()), len(logprob_T)))
         values = self.parallel.average(rollout_metrics(rollouts)) | step_metrics(results)
+        values["rollout_logprob"] = sum(total for total, _ in sums) / max(1, sum(count for _, count in sums))
         values["reward_std"] = float(rewards.std()) if len(rewards) > 1 else 0.0
         if not self.has_reference:
             del values["kl"]  # there is nothing to measure it against

@@ -70,5 +70,4 @@ def rollout_metrics(rollouts: Rollouts) -> dict[str, float]:
         "groups_without_spread": float((spread_P == 0).float().mean()),
         "response_tokens": sequences.response_token_T.numel() / sequences.num_responses,
         "finished": float(rollouts.finished_S.float().mean()),
-        "rollout_logprob": float(rollouts.rollout_logprob_T.mean()),
     }

@@ -38,7 +38,7 @@ def evaluate(config: EvaluateConfig) -> None:
 def generate(config: GenerateConfig) -> None:
     """Sample responses to prompts, and print them."""
     with user_errors("dsm-train generate"):
-        config, questions = prepare(config, config.sampling)
+        config, questions = prepare(config, None if config.prompts else config.sampling)
         tokenizer = questions.tokenizer
         texts = config.prompts or tuple(task.prompt for task in questions.tasks.heldout[:4])
         given = [Task(i, text, answer="", solution=None) for i, text in enumerate(texts)]

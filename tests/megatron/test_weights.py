@@ -167,3 +167,10 @@ def test_weights_know_the_tokenizer_that_they_were_trained_with(layout: Parallel
     assert weights.saved_model(tmp_path, tiny.MODEL) == tiny.MODEL
     with pytest.raises(ValueError, match="was trained with another tokenizer .* use the tokenizer that lies beside"):
         weights.check_tokenizer(tmp_path, other)
+
+
+def test_the_longest_sequence_is_that_of_the_weights_unless_it_is_given(layout: Parallel, tmp_path: Path) -> None:
+    weights.save_weights(tmp_path, tiny.chunks(layout), tiny.MODEL, layout)
+    asked = replace(tiny.MODEL, max_length=1000)
+    assert weights.saved_model(tmp_path, asked, given=()).max_length == tiny.MODEL.max_length
+    assert weights.saved_model(tmp_path, asked, given=("model.max_length",)).max_length == 1000
