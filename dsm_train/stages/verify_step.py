@@ -95,9 +95,12 @@ def make_plan(config: VerifyStepConfig) -> Plan:
     if config.reference_layout is not None:
         reference = parse_section(ParallelConfig, config.reference_layout, "reference_layout")
     head = HeadSpec(questions.tokenizer.vocab_size)
-    for layout in (config.parallel, reference or ParallelConfig()):
+    for name, layout in (("", config.parallel), ("reference_layout: ", reference or ParallelConfig())):
         padded = padded_vocab(head.vocab_size, config.model.vocab_multiple, layout.tp)
-        parallel.check_layout(layout, config.model, padded)
+        try:
+            parallel.check_layout(layout, config.model, padded)
+        except ValueError as error:
+            raise ValueError(f"{name}{error}") from error
     replay = Replay(
         ModelSpec(config.model, head, config.run.init, config.run.seed),
         algo,

@@ -118,7 +118,10 @@ def test_what_cannot_be_verified_is_one_line(
         (["--synthetic", "layers=3"], "layers = 3 is more than the model's 2"),
         (["--synthetic", "layers=0"], "layers must be at least 1; got 0"),
         (["--synthetic", "--shuffle", "algorithm.minibatches=2"], "set algorithm.minibatches=1 beside it"),
-        (["--synthetic", "reference_layout=tp=2"], "parallel.tp x parallel.pp = 2 x 1 = 2 must divide the 1 rank(s)"),
+        (
+            ["--synthetic", "reference_layout=tp=2"],
+            "reference_layout: parallel.tp x parallel.pp = 2 x 1 = 2 must divide",
+        ),
         (
             ["--synthetic", "reference_layout=overlp=true"],
             "reference_layout: unknown key 'overlp'; did you mean 'overlap'?",
