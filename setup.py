@@ -63,7 +63,7 @@ EXTRAS = {
 
 
 def obstacle() -> str:
-    """What keeps the C++ ops from being built here, with its remedy; empty if nothing does."""
+    """Say what keeps the C++ ops from being built here, with its remedy; empty if nothing does."""
     compiler = shlex.split(os.environ.get("CXX") or "c++")[0]
     if shutil.which(compiler) is None:
         return f"there is no C++ compiler ({compiler}); install one (Debian: apt install g++)"

@@ -19,7 +19,7 @@ Ranks = list[dict[str, Any]]
 
 @pytest.fixture(scope="module")
 def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """All cases in one set of processes: over three ranks, and over two of them."""
+    """Run all cases in one set of processes: over three ranks, and over two of them."""
     out = tmp_path_factory.mktemp("kl")
     run_ranks(kl_worker.main, 3, out)
     return out

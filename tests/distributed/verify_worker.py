@@ -203,7 +203,7 @@ class Tampering(TrainableModel):
 
 
 class Tampered(Witness, Tampering):
-    """What verify-step sees of the model with a fault."""
+    """Witness of a model with a fault."""
 
 
 def plan_of(case: Case) -> Plan:

@@ -65,7 +65,7 @@ class Recipe:
 
     @property
     def on_policy(self) -> bool:
-        """Whether an exploration stage is used for a single update, whose old policy is the policy itself."""
+        """True when an exploration stage is used for a single update, whose old policy is the policy itself."""
         return self.mu * self.minibatches == 1
 
 
@@ -86,10 +86,10 @@ class Stage:
     """An exploration stage: what was to be learnt from, and what the updates did."""
 
     policy_logprobs: list[Tensor]
-    """Of each response's tokens, before the updates."""
+    """Log-probabilities of each response's tokens, before the updates."""
     reference_logprobs: list[Tensor]
     metrics: dict[str, float]
-    """As metrics.jsonl calls them; those of tokens are means over the tokens of an update, and then over updates."""
+    """Numbers as metrics.jsonl calls them; those of tokens are means over the tokens of an update, and then over updates."""
 
 
 def train(policy: torch.nn.Module, explored: Sequence[Sequence[Response]], recipe: Recipe) -> list[Stage]:

@@ -113,7 +113,7 @@ def read(out: Path) -> Trained:
 
 
 def recipe(config: Mapping[str, Any], vocabulary: int) -> Recipe:
-    """What a run's configuration asks for."""
+    """Read the settings of a run from its configuration."""
     algorithm, sampling, optim = config["algorithm"], config["sampling"], config["optim"]
     names = {"kl_coef": "beta", "entropy_coef": "entropy"}
     given = ("clip_low", "clip_high", "kl_coef", "kl", "entropy_coef", "average", "scale")
