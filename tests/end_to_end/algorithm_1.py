@@ -89,7 +89,7 @@ class Stage:
     """Log-probabilities of each response's tokens, before the updates."""
     reference_logprobs: list[Tensor]
     metrics: dict[str, float]
-    """Numbers as metrics.jsonl calls them; those of tokens are means over the tokens of an update, and then over updates."""
+    """Numbers by their names in metrics.jsonl; those of tokens are means over an update's tokens, then over updates."""
 
 
 def train(policy: torch.nn.Module, explored: Sequence[Sequence[Response]], recipe: Recipe) -> list[Stage]:
