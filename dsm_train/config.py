@@ -44,8 +44,46 @@ class Given(dict[str, str]):
 
 
 @dataclass(frozen=True)
+class RopeScaling:
+    """Scaling of the rotary embedding's frequencies, for sequences beyond the length of the first training.
+
+    Names and defaults are those of transformers' `rope_parameters`, where the meaning is the same.
+    """
+
+    kind: Literal["none", "linear", "dynamic", "llama3", "yarn"] = "none"
+    """none; linear (position interpolation); dynamic (off up to original_length, and longer sequences are refused);
+    llama3 (by wavelength); yarn (arXiv 2309.00071)."""
+    factor: float = 1.0
+    """Ratio of the new length to the original one."""
+    original_length: int | None = None
+    """Longest sequence of the first training; llama3, yarn and dynamic need it."""
+    low_freq_factor: float = 1.0
+    """llama3: wavelengths above original_length / low_freq_factor are scaled by factor."""
+    high_freq_factor: float = 4.0
+    """llama3: wavelengths below original_length / high_freq_factor are kept."""
+    beta_fast: float = 32.0
+    """yarn: dimensions that turn more often than this over original_length are kept."""
+    beta_slow: float = 1.0
+    """yarn: dimensions that turn less often than this are interpolated."""
+    truncate: bool = True
+    """yarn: round the two bounds to whole dimensions."""
+    attention_factor: float | None = None
+    """yarn: factor of cos and sin; none: 0.1 ln(factor) + 1."""
+
+    def __post_init__(self) -> None:
+        above(0, self, "low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow", "attention_factor")
+        at_least(1, self, "factor", "original_length")
+        if self.kind in ("llama3", "yarn", "dynamic"):
+            rule = f"given with kind = {self.kind}"
+            require(self.original_length is not None, "original_length", rule, self.original_length)
+
+
+@dataclass(frozen=True)
 class ModelConfig:
-    """Decoder of the Llama family: RMSNorm, SwiGLU, RoPE, grouped-query attention."""
+    """Decoder of the Llama family: RMSNorm, SwiGLU, RoPE, grouped-query attention; Qwen's biases and query-key norms.
+
+    `run.init` brings a model's own values; what a recipe or the command line says otherwise is refused.
+    """
 
     num_layers: int = 4
     """Transformer layers."""
@@ -63,6 +101,18 @@ class ModelConfig:
     """Base of the rotary position embedding."""
     norm_eps: float = 1e-6
     """Epsilon of RMSNorm."""
+    rope: RopeScaling = field(default_factory=RopeScaling)
+    """Rotary scaling."""
+    qkv_bias: bool = False
+    """Biases of the query, key and value projections."""
+    output_bias: bool = False
+    """Bias of attention's output projection."""
+    mlp_bias: bool = False
+    """Biases of the feed-forward layer."""
+    qk_norm: bool = False
+    """RMSNorm of each head's queries and keys, before the rotary embedding."""
+    vocab_size: int | None = None
+    """Tokens that embedding and head have rows for; none: those of the tokenizer."""
     tied_head: bool = False
     """Share the embedding with the output head."""
     init_std: float = 0.02
@@ -84,7 +134,7 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         at_least(1, self, "num_layers", "hidden_size", "num_heads", "num_kv_heads", "head_size")
-        at_least(1, self, "ffn_size", "max_length", "vocab_multiple", "logits_mib")
+        at_least(1, self, "ffn_size", "max_length", "vocab_multiple", "logits_mib", "vocab_size")
         require(
             self.num_heads % self.num_kv_heads == 0,
             "num_heads",
