@@ -156,7 +156,7 @@ class GenerateConfig(StageConfig):
     """Stage `generate`: sample responses and print them."""
 
     prompts: tuple[str, ...] = ()
-    """Prompts to answer; none: the first held-out tasks."""
+    """Questions to answer, asked as data.* says; none: the first held-out tasks."""
     num_samples: int = 1
     """Responses per prompt."""
     sampling: SamplingConfig = field(default_factory=SamplingConfig)

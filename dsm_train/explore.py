@@ -11,7 +11,6 @@ from dsm_train.megatron.parallel import Parallel
 from dsm_train.megatron.step import Model
 from dsm_train.packing.packer import Packer
 from dsm_train.prepare import Questions
-from dsm_train.rewards.grader import Grader
 from dsm_train.rollout.engine import RolloutEngine
 from dsm_train.rollout.grading import shuffle_rewards, with_rewards
 from dsm_train.types import Prompt, Rollouts
@@ -24,14 +23,13 @@ def explore(
     drawn = draw(questions.tasks.train, config.algorithm.prompts_per_step, step, config.run.seed)
     # Counted over the whole stage, before replicas take their shares: random numbers do not depend on the layout.
     tasks, times = parallel.share(drawn), parallel.share(occurrences(drawn))
-    encode = questions.tokenizer.encode
-    prompts = [Prompt(task.id, encode(task.prompt), n) for task, n in zip(tasks, times, strict=True)]
+    prompts = [Prompt(task.id, questions.format.prompt(task), n) for task, n in zip(tasks, times, strict=True)]
     return tasks, engine.generate(prompts, config.algorithm.group_size, config.sampling, step=step)
 
 
 def grade(rollouts: Rollouts, tasks: list[Task], questions: Questions, config: GrpoConfig, step: int) -> Rollouts:
     """Reward each response by rule."""
-    rollouts = with_rewards(rollouts, tasks, questions.tokenizer, Grader(config.rewards))
+    rollouts = with_rewards(rollouts, tasks, questions.tokenizer, questions.grader)
     return shuffle_rewards(rollouts, config.run.seed, step) if config.algorithm.shuffle_rewards else rollouts
 
 

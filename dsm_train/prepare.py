@@ -9,13 +9,23 @@ from typing import TypeVar
 
 from dsm_train.config import ParallelConfig
 from dsm_train.configs import GrpoConfig, StageConfig
-from dsm_train.data.source import Tasks, load_tasks, make_tokenizer, repetition_note, solved, without_too_long
+from dsm_train.data.format import Example, Format
+from dsm_train.data.source import (
+    Tasks,
+    load_tasks,
+    make_format,
+    make_tokenizer,
+    repetition_note,
+    solved,
+    without_too_long,
+)
 from dsm_train.data.tasks import Task
 from dsm_train.data.tokenizer import Tokenizer
 from dsm_train.megatron import parallel, weights
 from dsm_train.megatron.flash import core_attention
 from dsm_train.megatron.model import padded_vocab, uses_transformer_engine
 from dsm_train.reporting.metrics import prepare_output
+from dsm_train.rewards.grader import Grader
 from dsm_train.rollout.config import SamplingConfig
 
 ConfigT = TypeVar("ConfigT", bound=StageConfig)
@@ -23,10 +33,12 @@ ConfigT = TypeVar("ConfigT", bound=StageConfig)
 
 @dataclass(frozen=True)
 class Questions:
-    """Tasks, and the tokenizer that reads them."""
+    """Tasks, the tokenizer and the form in which the model reads them, and the grader of its answers."""
 
     tasks: Tasks
     tokenizer: Tokenizer
+    format: Format
+    grader: Grader
     notes: tuple[str, ...] = ()
     """Lines about them that the user should read at start."""
 
@@ -43,6 +55,7 @@ def prepare(config: ConfigT, sampling: SamplingConfig | None) -> tuple[ConfigT, 
         config = replace(config, model=saved)
     tasks = load_tasks(config.data)
     tokenizer = make_tokenizer(config.data, config.run.init, tasks.train)
+    format, grader = make_format(config.data, tokenizer), Grader(config.rewards)
     vocab = padded_vocab(tokenizer.vocab_size, config.model.vocab_multiple, config.parallel.tp)
     parallel.check_layout(config.parallel, config.model, vocab)
     if config.supervised is not None:
@@ -50,18 +63,18 @@ def prepare(config: ConfigT, sampling: SamplingConfig | None) -> tuple[ConfigT, 
     notes: list[str | None] = []
     if sampling is not None and config.data.too_long == "skip":
         room = min(config.model.max_length, config.run.max_tokens) - sampling.max_new_tokens
-        tasks, left_out = without_too_long(tasks, tokenizer, room)
+        tasks, left_out = without_too_long(tasks, format, room)
         notes.append(left_out)
     if isinstance(config, GrpoConfig):
         notes += [repetition_note(tasks.train, config.algorithm.prompts_per_step), *config.sampling.notes()]
     if sampling is not None:
-        check_lengths(config, sampling, (*tasks.train, *tasks.heldout), tokenizer)
-    check_solutions(config, tasks, tokenizer)
+        check_lengths(config, sampling, (*tasks.train, *tasks.heldout), format)
+    check_solutions(config, tasks, format)
     if config.run.init is not None:
         weights.check_tokenizer(config.run.init, tokenizer)
     uses_transformer_engine(config.model)  # raises where the layers or the attention that were asked for are missing
     core_attention(config.model)
-    return config, Questions(tasks, tokenizer, tuple(note for note in notes if note is not None))
+    return config, Questions(tasks, tokenizer, format, grader, tuple(note for note in notes if note is not None))
 
 
 def check_batch(layout: ParallelConfig, name: str, size: int, minibatches: int = 1) -> None:
@@ -74,9 +87,9 @@ def check_batch(layout: ParallelConfig, name: str, size: int, minibatches: int =
         )
 
 
-def check_lengths(config: StageConfig, sampling: SamplingConfig, tasks: Sequence[Task], tokenizer: Tokenizer) -> None:
+def check_lengths(config: StageConfig, sampling: SamplingConfig, tasks: Sequence[Task], format: Format) -> None:
     """Raise `ValueError` when a prompt is empty, leaves no room for its response, or exceeds a micro-batch."""
-    lengths = [(len(tokenizer.encode(task.prompt)), task) for task in tasks]
+    lengths = [(len(format.prompt(task)), task) for task in tasks]
     shortest, task = min(lengths, key=lambda item: item[0])
     if shortest == 0:
         raise ValueError(f"the prompt of task {task.id} has no token: there is nothing to continue")
@@ -86,7 +99,7 @@ def check_lengths(config: StageConfig, sampling: SamplingConfig, tasks: Sequence
         raise ValueError(
             f"the prompt of task {task.id} has {longest} tokens, and with sampling.max_new_tokens = "
             f"{sampling.max_new_tokens} exceeds model.max_length = {limit}: lower the one or raise the other, "
-            f"or leave such prompts out with data.too_long=skip: {task.prompt[:60]!r}..."
+            f"or leave such prompts out with data.too_long=skip: {task.question[:60]!r}..."
         )
     if total > config.run.max_tokens:
         raise ValueError(
@@ -104,7 +117,7 @@ def check_record(path: Path | None) -> None:
     prepare_output(path.parent)
 
 
-def check_solutions(config: StageConfig, tasks: Tasks, tokenizer: Tokenizer) -> None:
+def check_solutions(config: StageConfig, tasks: Tasks, format: Format) -> None:
     """Raise `ValueError` when supervised training is asked for and lacks solutions, or has one too long."""
     training = config.supervised
     if training is None:
@@ -115,13 +128,16 @@ def check_solutions(config: StageConfig, tasks: Tasks, tokenizer: Tokenizer) -> 
             f"supervised training needs worked solutions, and {config.data.path} has answers alone: write "
             "them before '#### answer', or set steps=0"
         )
-    lengths = [
-        (len(tokenizer.encode(task.prompt)) + len(tokenizer.encode(task.solution or "")), task) for task in examples
-    ]
+    lengths = [(_packed_tokens(format.example(task)), task) for task in examples]
     longest, task = max(lengths, key=lambda item: item[0])
     for limit, most in (("model.max_length", config.model.max_length), ("run.max_tokens", config.run.max_tokens)):
         if longest > most:
             raise ValueError(
                 f"{limit} = {most} is less than prompt and solution of task {task.id}, "
-                f"{longest} tokens: {task.prompt[:60]!r}..."
+                f"{longest} tokens: {task.question[:60]!r}..."
             )
+
+
+def _packed_tokens(example: Example) -> int:
+    """Count the tokens that an example takes: its last one predicts nothing."""
+    return len(example.prompt) + len(example.response) - 1

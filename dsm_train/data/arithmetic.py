@@ -146,7 +146,7 @@ def _task(id: int, form: _Form, a: int, b: int, style: str) -> Task:
     if style == "steps":
         restated = f"{a}{form.operator}{b}" if form.kind == "word" else ""
         solution = "\n".join([restated, *_steps(form.operator, a, b), f"#### {answer}"])
-    return Task(id=id, prompt=form.text.format(a=a, b=b), answer=answer, solution=solution)
+    return Task(id=id, question=form.text.format(a=a, b=b), answer=answer, solution=solution)
 
 
 def _steps(operator: str, a: int, b: int) -> list[str]:

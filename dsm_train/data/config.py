@@ -15,7 +15,7 @@ _UNREAD_NEWLINE = re.compile(r"\\n(?!(?:abla|e|eq|eg|i|ot|u|ewline)(?![A-Za-z]))
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Questions with checkable answers, from the built-in generator or from JSONL files, and the tokenizer."""
+    """Questions with checkable answers, from the built-in generator or from files, and the tokenizer."""
 
     source: Literal["generated", "file"] | None = None
     """Source of the questions; none: path where it is given, else the generator. A recipe may insist on one."""
@@ -23,8 +23,12 @@ class DataConfig:
     """JSONL file of training questions (GSM8K's format)."""
     heldout_path: Path | None = None
     """JSONL file of held-out questions, none of which is trained on; none: heldout_tasks of path."""
-    prompt_template: str = "Question: {question}\nAnswer:"
-    """Prompt made from a question of a JSONL file."""
+    prompt_template: str | None = None
+    """Prompt made from a question; none: "Question: {question}\\nAnswer:" for files, the question alone otherwise."""
+    chat: bool = False
+    """Ask through the tokenizer's chat template: the prompt is a user's message."""
+    system: str | None = None
+    """System prompt of chat; none: that of the template, if it has one."""
     too_long: Literal["error", "skip"] = "error"
     """A prompt that leaves no room for its response ends the start, or its task is left out, which is said."""
     kinds: tuple[str, ...] = ("add",)
@@ -44,13 +48,20 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         at_least(1, self, "train_tasks", "heldout_tasks")
-        template = self.prompt_template
+        template = self.template
         require("{question}" in template, "prompt_template", "text with {question} in it", repr(template))
         rule = "text whose line breaks are real: $'...\\n...' in a shell, \"...\\n...\" in a recipe"
         require(not _UNREAD_NEWLINE.search(template), "prompt_template", rule, template)
         require(
             self.heldout_path is None or self.path is not None, "heldout_path", "given with path", self.heldout_path
         )
+        require(self.system is None or self.chat, "system", "left out without chat", repr(self.system))
         require(self.source != "generated" or self.path is None, "path", "left out when source is generated", self.path)
         rule = f"left out beside tokenizer = {self.tokenizer}, which has its own"
         require(self.vocab_size is None or self.tokenizer is None, "vocab_size", rule, self.vocab_size)
+
+    @property
+    def template(self) -> str:
+        """The text around a question."""
+        from_file = self.path is not None and not self.chat
+        return self.prompt_template or ("Question: {question}\nAnswer:" if from_file else "{question}")

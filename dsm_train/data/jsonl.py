@@ -21,19 +21,16 @@ class _Number(str):
     """A JSON number, as it is written in the file."""
 
 
-def read_jsonl(path: str | Path, *, prompt_template: str = "Question: {question}\nAnswer:") -> list[Task]:
+def read_jsonl(path: str | Path) -> list[Task]:
     r"""Read every task of a file; blank lines are skipped, and `Task.id` is the line number.
 
     The gold answer is what follows the last "####", and the solution is the answer's text without calculator
     annotations. An answer without "####" is the gold itself, and there is no solution. Gold answers are read as those
     of responses are, by `parse_number`; their thousands commas are then left out, which changes no number.
-    `prompt_template` may hold braces of its own, as in "\boxed{}".
 
     Raises ValueError, one line with path:line and what to do, for a file that cannot be read or holds no task, for
     malformed JSON, and for a field that is missing, empty, of another type or without a numeric answer.
     """
-    if "{question}" not in prompt_template:
-        raise ValueError(f"prompt_template must hold '{{question}}', got {prompt_template!r}")
     try:
         lines = Path(path).read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n")
     except OSError as error:
@@ -42,7 +39,7 @@ def read_jsonl(path: str | Path, *, prompt_template: str = "Question: {question}
     for number, line in enumerate(lines, start=1):
         if line.strip():
             try:
-                tasks.append(_task(number, line, prompt_template))
+                tasks.append(_task(number, line, f"{path}:{number}"))
             except ValueError as error:
                 raise ValueError(f"{path}:{number}: {error}") from error
     if not tasks:
@@ -50,7 +47,7 @@ def read_jsonl(path: str | Path, *, prompt_template: str = "Question: {question}
     return tasks
 
 
-def _task(number: int, line: bytes, prompt_template: str) -> Task:
+def _task(number: int, line: bytes, place: str) -> Task:
     try:
         record = json.loads(line.decode("utf-8"), parse_int=_Number, parse_float=_Number)
     except UnicodeDecodeError as error:
@@ -70,7 +67,7 @@ def _task(number: int, line: bytes, prompt_template: str) -> Task:
     if mark:
         worked = _CALCULATOR.sub("", worked).rstrip()
         solution = f"{worked}\n#### {gold}".lstrip("\n")
-    return Task(number, prompt_template.replace("{question}", question), gold, solution, question)
+    return Task(number, question, gold, solution, place=place)
 
 
 def _field(record: dict[str, object], name: str, *, or_number: bool = False) -> str:

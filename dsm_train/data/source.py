@@ -11,6 +11,7 @@ from pathlib import Path
 
 from dsm_train.data.arithmetic import arithmetic_tasks, count_tasks
 from dsm_train.data.config import DataConfig
+from dsm_train.data.format import Format, PlainFormat
 from dsm_train.data.jsonl import read_jsonl
 from dsm_train.data.tasks import Task
 from dsm_train.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
@@ -41,9 +42,9 @@ def load_tasks(config: DataConfig) -> Tasks:
 
 def _from_files(config: DataConfig, path: Path) -> Tasks:
     """Split a file by a hash of the question, or take the held-out tasks from a file of their own."""
-    tasks = read_jsonl(path, prompt_template=config.prompt_template)
+    tasks = read_jsonl(path)
     if config.heldout_path is not None:
-        heldout = read_jsonl(config.heldout_path, prompt_template=config.prompt_template)
+        heldout = read_jsonl(config.heldout_path)
         kept_out = heldout
     else:
         count = config.heldout_tasks or min(HELDOUT_TASKS, max(1, len(tasks) // 10))
@@ -68,14 +69,14 @@ def _place(task: Task) -> tuple[bytes, int]:
     return hashlib.sha256(task.key.encode()).digest(), task.id
 
 
-def without_too_long(tasks: Tasks, tokenizer: Tokenizer, longest: int) -> tuple[Tasks, str | None]:
+def without_too_long(tasks: Tasks, format: Format, longest: int) -> tuple[Tasks, str | None]:
     """Leave out the tasks whose prompt has more than `longest` tokens; returns those left, and the line that says so.
 
     Raises `ValueError` when none is left on one side.
     """
 
     def fitting(side: Sequence[Task]) -> tuple[Task, ...]:
-        return tuple(task for task in side if len(tokenizer.encode(task.prompt)) <= longest)
+        return tuple(task for task in side if len(format.prompt(task)) <= longest)
 
     left = Tasks(fitting(tasks.train), fitting(tasks.heldout))
     skipped = [len(tasks.train) - len(left.train), len(tasks.heldout) - len(left.heldout)]
@@ -99,7 +100,8 @@ def make_tokenizer(config: DataConfig, init: Path | None, tasks: Sequence[Task])
     """
     path = config.tokenizer or init
     if path is None:
-        texts = (text for t in tasks for text in (t.prompt, t.solution or t.answer))
+        prompts = (config.template.replace("{question}", t.question) for t in tasks)
+        texts = (text for prompt, t in zip(prompts, tasks, strict=True) for text in (prompt, t.solution or t.answer))
         return train_tokenizer(texts, config.vocab_size or VOCAB_SIZE)
     tokenizer = load_tokenizer(path)
     if config.vocab_size is not None and tokenizer.vocab_size > config.vocab_size:
@@ -108,6 +110,11 @@ def make_tokenizer(config: DataConfig, init: Path | None, tasks: Sequence[Task])
             f"{tokenizer.vocab_size} tokens; set data.vocab_size=null"
         )
     return tokenizer
+
+
+def make_format(config: DataConfig, tokenizer: Tokenizer) -> Format:
+    """Choose the form in which the model is asked."""
+    return PlainFormat(tokenizer, config.template)
 
 
 def repetition_note(tasks: Sequence[Task], prompts_per_step: int) -> str | None:

@@ -3,26 +3,45 @@
 from __future__ import annotations
 
 import unicodedata
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """One turn of a conversation."""
+
+    role: str
+    """Who speaks: system, user, assistant, or another role that the model's chat template knows."""
+    content: str
 
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """One question with a checkable answer."""
+    """One question with a checkable answer. Reward functions see it whole."""
 
     id: int
-    """Stable and unique within its source: random numbers of a rollout are drawn from it."""
-    prompt: str
-    """The text that the model is given, whole: nothing is added to it but the tokenizer's ids."""
-    answer: str
-    """The gold answer, a number that `dsm_train.rewards.numeric.parse_number` reads."""
-    solution: str | None
-    """A text that answers the prompt and ends in the answer, for fine-tuning; None where the source has none."""
-    question: str | None = None
-    """The question without the template; None where the prompt is the question."""
+    """Number that is stable and unique among the tasks of a run: random numbers of a rollout are drawn from it."""
+    question: str
+    """The question, without prompt template or chat template."""
+    answer: str = ""
+    """The gold answer, as it is written; empty where the source has none. A reward reads it."""
+    solution: str | None = None
+    """A text that answers the question, for fine-tuning; None where the source has none."""
+    turns: tuple[Message, ...] = ()
+    """The conversation before the question."""
+    name: str = ""
+    """The row's own id; empty where it has none."""
+    place: str = ""
+    """File and line that the task was read from; empty where it was generated."""
+    file: int = 0
+    """Index of its file among `data.path`."""
+    fields: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    """All other fields of its row (tests, choices, ...), for rewards."""
 
     @property
     def key(self) -> str:
         """The question as it is compared: two tasks that differ in case, blanks or Unicode form ask the same."""
-        text = unicodedata.normalize("NFKC", self.prompt if self.question is None else self.question)
-        return " ".join(text.casefold().split())
+        said = "\n".join([*(turn.content for turn in self.turns), self.question])
+        return " ".join(unicodedata.normalize("NFKC", said).casefold().split())

@@ -8,6 +8,7 @@ from math import comb
 
 import torch
 
+from dsm_train.data.format import Format
 from dsm_train.data.tasks import Task
 from dsm_train.data.tokenizer import Tokenizer
 from dsm_train.megatron.parallel import Parallel
@@ -24,6 +25,7 @@ class Evaluator:
 
     engine: RolloutEngine
     tokenizer: Tokenizer
+    format: Format
     parallel: Parallel
     sampling: SamplingConfig
     grader: Grader
@@ -44,7 +46,7 @@ class Evaluator:
         """Count the correct responses to each of this replica's tasks."""
         self.parallel.watchdog.enter("evaluation")
         mine = tasks[self.parallel.dp_rank :: self.parallel.dp_size]
-        prompts = [Prompt(task.id, self.tokenizer.encode(task.prompt)) for task in mine]
+        prompts = [Prompt(task.id, self.format.prompt(task)) for task in mine]
         # No training step has this number, so evaluation never shares its random numbers with training.
         rollouts = self.engine.generate(prompts, num_samples, sampling, step=-1)
         correct = [0] * len(mine)

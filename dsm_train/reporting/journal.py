@@ -66,7 +66,7 @@ class Journal:
         if self.every and number % self.every == 0 and number < self.steps:
             values["heldout_accuracy"] = self.evaluator.greedy_accuracy(self.heldout)
         loop.log(values, tokens=int(sequence_lengths(rollouts.sequences).sum()), shown=SHOWN)
-        self.samples.log(number, read_samples(rollouts, tasks, self.tokenizer, count=4))
+        self.samples.log(number, read_samples(rollouts, tasks, self.tokenizer, self.evaluator.format, count=4))
         self._warn(loop, number, values)
 
     def _record_of(self, number: int) -> Path:

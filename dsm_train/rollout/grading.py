@@ -10,6 +10,7 @@ from dataclasses import replace
 
 import torch
 
+from dsm_train.data.format import Format
 from dsm_train.data.tasks import Task
 from dsm_train.data.tokenizer import Tokenizer
 from dsm_train.reporting.metrics import Sample
@@ -41,7 +42,9 @@ def shuffle_rewards(rollouts: Rollouts, seed: int, step: int) -> Rollouts:
     return replace(rollouts, reward_S=rollouts.reward_S[order])
 
 
-def read_samples(rollouts: Rollouts, tasks: Sequence[Task], tokenizer: Tokenizer, count: int) -> list[Sample]:
+def read_samples(
+    rollouts: Rollouts, tasks: Sequence[Task], tokenizer: Tokenizer, format: Format, count: int
+) -> list[Sample]:
     """Write out the first response of each of the first `count` groups, for people to read."""
     assert rollouts.reward_S is not None
     samples = []
@@ -49,7 +52,7 @@ def read_samples(rollouts: Rollouts, tasks: Sequence[Task], tokenizer: Tokenizer
         s = int(rollouts.sequences.group_cu[p])
         samples.append(
             Sample(
-                task.prompt,
+                format.text(task),
                 tokenizer.decode(rollouts.sequences.response(s).tolist()),
                 task.answer,
                 float(rollouts.reward_S[s]),

@@ -12,7 +12,6 @@ from dsm_train.data.tasks import Task
 from dsm_train.eval.evaluate import Evaluator
 from dsm_train.megatron.step import Model
 from dsm_train.prepare import check_lengths, prepare
-from dsm_train.rewards.grader import Grader
 from dsm_train.rollout.embedded import EmbeddedEngine
 from dsm_train.run import start
 from dsm_train.types import Prompt
@@ -26,7 +25,7 @@ def evaluate(config: EvaluateConfig) -> None:
         tokenizer, heldout = questions.tokenizer, questions.tasks.heldout
         model = Model.build(job.language_model(tokenizer.vocab_size), job.parallel)
         engine = EmbeddedEngine(model, [tokenizer.eos_id], config.run.seed)
-        evaluator = Evaluator(engine, tokenizer, job.parallel, config.sampling, Grader(config.rewards))
+        evaluator = Evaluator(engine, tokenizer, questions.format, job.parallel, config.sampling, questions.grader)
         result: dict[str, Any] = {"tasks": len(heldout), "greedy_accuracy": evaluator.greedy_accuracy(heldout)}
         if config.eval.samples:
             result["pass_at_k"] = evaluator.pass_at_k(heldout, config.eval.samples)
@@ -40,15 +39,14 @@ def generate(config: GenerateConfig) -> None:
     with user_errors("dsm-train generate"):
         config, questions = prepare(config, None if config.prompts else config.sampling)
         tokenizer = questions.tokenizer
-        texts = config.prompts or tuple(task.prompt for task in questions.tasks.heldout[:4])
-        given = [Task(i, text, answer="", solution=None) for i, text in enumerate(texts)]
-        check_lengths(config, config.sampling, given, tokenizer)
+        asked = [Task(i, text) for i, text in enumerate(config.prompts)] or questions.tasks.heldout[:4]
+        check_lengths(config, config.sampling, asked, questions.format)
     with start(config, "generate", questions, trains=False) as job:
         model = Model.build(job.language_model(tokenizer.vocab_size), job.parallel)
         engine = EmbeddedEngine(model, [tokenizer.eos_id], config.run.seed)
-        prompts = [Prompt(task.id, tokenizer.encode(task.prompt)) for task in given]
+        prompts = [Prompt(task.id, questions.format.prompt(task)) for task in asked]
         rollouts = engine.generate(prompts, config.num_samples, config.sampling, step=-1)
         bold, plain = ("\033[1m", "\033[0m") if sys.stdout.isatty() else ("", "")
         for s, p in enumerate(rollouts.sequences.prompt_of_response_S.tolist()):
             response = tokenizer.decode(rollouts.sequences.response(s).tolist())
-            job.say(f"{texts[p]}{bold}{response}{plain}")
+            job.say(f"{questions.format.text(asked[p])}{bold}{response}{plain}")

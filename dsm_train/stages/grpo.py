@@ -12,7 +12,6 @@ from dsm_train.megatron.step import TrainableModel
 from dsm_train.prepare import Questions, check_batch, check_record, prepare
 from dsm_train.reporting.journal import Journal
 from dsm_train.reporting.report import Report, learning_curve, write_report
-from dsm_train.rewards.grader import Grader
 from dsm_train.rollout.embedded import EmbeddedEngine
 from dsm_train.run import Job, start
 from dsm_train.stages.sft import supervise
@@ -38,7 +37,7 @@ def train_grpo(config: GrpoConfig) -> None:
             *((warmup.optim, warmup.steps) if warmup.steps else (config.optim, updates)),
         )
         engine = EmbeddedEngine(policy, [tokenizer.eos_id], config.run.seed)
-        evaluator = Evaluator(engine, tokenizer, job.parallel, config.sampling, Grader(config.rewards))
+        evaluator = Evaluator(engine, tokenizer, questions.format, job.parallel, config.sampling, questions.grader)
         learnt: dict[str, Any] = {}
         if warmup.steps:
             learnt = supervise(job, questions, policy, warmup, evaluator)

@@ -11,9 +11,9 @@ from typing import Any
 from dsm_train.cli import user_errors
 from dsm_train.config import SftTraining
 from dsm_train.configs import SftConfig, StageConfig
+from dsm_train.data.format import Format
 from dsm_train.data.source import draw, solved
 from dsm_train.data.tasks import Task
-from dsm_train.data.tokenizer import Tokenizer
 from dsm_train.eval.evaluate import Evaluator
 from dsm_train.grpo import token_weights
 from dsm_train.losses import SupervisedLoss
@@ -21,7 +21,6 @@ from dsm_train.megatron.parallel import Parallel
 from dsm_train.megatron.step import TrainableModel
 from dsm_train.prepare import Questions, prepare
 from dsm_train.reporting.report import learning_curve
-from dsm_train.rewards.grader import Grader
 from dsm_train.rollout.embedded import EmbeddedEngine
 from dsm_train.run import Job, start
 from dsm_train.types import Sequences
@@ -39,7 +38,7 @@ def train_sft(config: SftConfig) -> None:
         spec = job.language_model(tokenizer.vocab_size)
         model = TrainableModel.build(spec, job.parallel, config.sft.optim, config.sft.steps)
         engine = EmbeddedEngine(model, [tokenizer.eos_id], config.run.seed)
-        evaluator = Evaluator(engine, tokenizer, job.parallel, config.sampling, Grader(config.rewards))
+        evaluator = Evaluator(engine, tokenizer, questions.format, job.parallel, config.sampling, questions.grader)
         supervise(job, questions, model, config.sft, evaluator)
         job.save(model, tokenizer)
         if job.parallel.is_main:
@@ -57,7 +56,7 @@ def supervise(
         for step in loop:
             with loop.phase("update"):
                 batch = draw(tasks, training.batch, step, seed)
-                sequences, loss = examples(batch, questions.tokenizer, training.prompt_loss, job.parallel)
+                sequences, loss = examples(batch, questions.format, training.prompt_loss, job.parallel)
                 result = optimizer_step(model, packer.pack(sequences), loss)
             values = {"loss": result.loss, "grad_norm": result.grad_norm, "lr": result.lr}
             if (every and (step + 1) % every == 0) or step + 1 == training.steps:
@@ -72,20 +71,17 @@ def supervise(
 
 
 def examples(
-    batch: Sequence[Task], tokenizer: Tokenizer, prompt_loss: bool, parallel: Parallel
+    batch: Sequence[Task], format: Format, prompt_loss: bool, parallel: Parallel
 ) -> tuple[Sequences, SupervisedLoss]:
     """Tokenise this replica's share of a batch; the loss is the mean over the whole batch's solution tokens."""
-    pairs = [example(task, tokenizer, prompt_loss) for task in batch]
+    pairs = [example(task, format, prompt_loss) for task in batch]
     num_tokens = sum(len(solution) for _, solution in pairs)
     mine = parallel.share(pairs)
     sequences = Sequences.from_lists([p for p, _ in mine], [s for _, s in mine])
     return sequences, SupervisedLoss(token_weights(sequences.response_cu, "token", len(batch), num_tokens, 1))
 
 
-def example(task: Task, tokenizer: Tokenizer, prompt_loss: bool) -> tuple[list[int], list[int]]:
-    """Split an example into the tokens that are given and those that are learnt: prompt, and solution with its end.
-
-    Prompt and solution are tokenised apart, as in rollouts.
-    """
-    prompt, solution = tokenizer.encode(task.prompt), [*tokenizer.encode(task.solution or ""), tokenizer.eos_id]
-    return (prompt[:1], prompt[1:] + solution) if prompt_loss else (prompt, solution)
+def example(task: Task, format: Format, prompt_loss: bool) -> tuple[list[int], list[int]]:
+    """Split an example into the tokens that are given and those that are learnt: prompt, and solution with its end."""
+    whole = format.example(task)
+    return (whole.prompt[:1], whole.prompt[1:] + whole.response) if prompt_loss else (whole.prompt, whole.response)

@@ -16,7 +16,7 @@ ALL = [*arithmetic_tasks(KINDS, "train"), *arithmetic_tasks(KINDS, "heldout")]
 
 def operands(task: Task) -> tuple[int, int]:
     """The two numbers of a prompt, ascending."""
-    low, high = sorted(map(int, re.findall(r"\d+", task.prompt)))
+    low, high = sorted(map(int, re.findall(r"\d+", task.question)))
     return low, high
 
 
@@ -48,19 +48,19 @@ def test_no_pair_of_operands_is_on_both_sides() -> None:
 
 
 def test_both_splits_together_are_everything_once() -> None:
-    assert len({task.id for task in ALL}) == len({task.prompt for task in ALL}) == len(ALL)
-    bare = {task.prompt for task in ALL if task.prompt.endswith("=")}
+    assert len({task.id for task in ALL}) == len({task.question for task in ALL}) == len(ALL)
+    bare = {task.question for task in ALL if task.question.endswith("=")}
     sums = {f"{a}+{b}=" for a in range(10, 100) for b in range(10, 100)}
     differences = {f"{a}-{b}=" for a in range(10, 100) for b in range(10, a + 1)}
     products = {f"{a}*{b}=" for a in range(10, 100) for b in range(2, 10)}
     assert bare == sums | differences | products
-    assert len({re.sub(r"\d+", "", task.prompt) for task in ALL} - {"+=", "-=", "*="}) >= 8
+    assert len({re.sub(r"\d+", "", task.question) for task in ALL} - {"+=", "-=", "*="}) >= 8
 
 
 def test_answers_are_right() -> None:
     for task in ALL:
-        if task.prompt.endswith("="):
-            a, operator, b = re.fullmatch(r"(\d+)(.)(\d+)=", task.prompt).groups()  # type: ignore[union-attr]
+        if task.question.endswith("="):
+            a, operator, b = re.fullmatch(r"(\d+)(.)(\d+)=", task.question).groups()  # type: ignore[union-attr]
             assert int(task.answer) == {"+": int(a) + int(b), "-": int(a) - int(b), "*": int(a) * int(b)}[operator]
         else:
             low, high = operands(task)
@@ -95,21 +95,21 @@ def test_every_line_of_the_steps_is_true_and_they_end_in_the_answer(kinds: tuple
 )
 def test_the_same_tasks_on_every_machine(kind: str, expected: list[tuple[str, str]]) -> None:
     tasks = arithmetic_tasks([kind], "train", count=3, style="steps")
-    assert [(task.prompt, task.solution) for task in tasks[:2]] == expected
+    assert [(task.question, task.solution) for task in tasks[:2]] == expected
 
 
 def test_seed_draws_and_ids_stay() -> None:
     first, again, other = (arithmetic_tasks(KINDS, "train", count=200, seed=seed) for seed in (5, 5, 6))
     assert first == again
     assert first != other
-    prompt_by_id = {task.id: task.prompt for task in ALL}
-    assert all(prompt_by_id[task.id] == task.prompt for task in first)
+    prompt_by_id = {task.id: task.question for task in ALL}
+    assert all(prompt_by_id[task.id] == task.question for task in first)
 
 
 def test_count_is_shared_evenly_and_small_kinds_give_what_they_have() -> None:
     def kinds(count: int) -> Counter[str]:
         tasks = arithmetic_tasks(["word", "mul", "add"], "heldout", count=count)
-        return Counter("word" if "?" in task.prompt else task.prompt.strip("0123456789=") for task in tasks)
+        return Counter("word" if "?" in task.question else task.question.strip("0123456789=") for task in tasks)
 
     products = len(arithmetic_tasks(["mul"], "heldout"))
     assert kinds(30) == {"word": 10, "*": 10, "+": 10}

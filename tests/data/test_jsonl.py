@@ -7,8 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from dsm_train.data.format import PlainFormat
 from dsm_train.data.jsonl import read_jsonl
 from dsm_train.data.tasks import Task
+from dsm_train.data.tokenizer import train_tokenizer
 from dsm_train.rewards import numeric_reward, parse_number
 
 
@@ -21,7 +23,7 @@ def test_gsm8k_format(tmp_path: Path) -> None:
     worked = "She sold 48/2 = <<48/2=24>>24 clips in May.\nThat is $<<24*50=1200>>1,200.\n#### 1,200"
     path = write(tmp_path / "a.jsonl", {"question": "How much?", "answer": worked})
     solution = "She sold 48/2 = 24 clips in May.\nThat is $1,200.\n#### 1200"
-    assert read_jsonl(path) == [Task(1, "Question: How much?\nAnswer:", "1200", solution, "How much?")]
+    assert read_jsonl(path) == [Task(1, "How much?", "1200", solution, place=f"{path}:1")]
     assert numeric_reward(solution, "1200") == 1.0
 
 
@@ -33,7 +35,7 @@ def test_gsm8k_format(tmp_path: Path) -> None:
 )
 def test_plain_answers_have_no_solution(tmp_path: Path, answer: object, gold: str) -> None:
     path = write(tmp_path / "a.jsonl", {"question": "q", "answer": answer, "source": "extra fields are ignored"})
-    assert read_jsonl(path) == [Task(1, "Question: q\nAnswer:", gold, None, "q")]
+    assert read_jsonl(path) == [Task(1, "q", gold, place=f"{path}:1")]
 
 
 @pytest.mark.parametrize("gold", ["1,200", "$1,234.50", "\u22125", "5 km/h", "1/3", ".5", "-3", "50%", "\\frac{1}{2}"])
@@ -53,18 +55,18 @@ def test_blank_lines_bom_crlf_and_line_separators(tmp_path: Path) -> None:
     # U+2028 inside a string is no end of line
     lines = ['{"question": "a\u2028b", "answer": "1"}', "", "  ", '{"question": "é", "answer": "2"}']
     path.write_bytes(b"\xef\xbb\xbf" + "\r\n".join(lines).encode())
-    assert [(task.id, task.prompt) for task in read_jsonl(path, prompt_template="{question}")] == [
+    assert [(task.id, task.question) for task in read_jsonl(path)] == [
         (1, "a\u2028b"),
         (4, "é"),
     ]
 
 
-def test_template_keeps_its_own_braces(tmp_path: Path) -> None:
-    path = write(tmp_path / "a.jsonl", {"question": "What is {x}?", "answer": "1"})
+def test_template_keeps_its_own_braces() -> None:
     template = "User: {question}\nput your final answer within \\boxed{}.\n\nAssistant:"
-    assert read_jsonl(path, prompt_template=template)[0].prompt == template.replace("{question}", "What is {x}?")
-    with pytest.raises(ValueError, match="must hold '{question}'.*'Q: '"):
-        read_jsonl(path, prompt_template="Q: ")
+    tokenizer = train_tokenizer(["What is {x}?"], 258)
+    assert PlainFormat(tokenizer, template).text(Task(1, "What is {x}?")) == template.replace(
+        "{question}", "What is {x}?"
+    )
 
 
 @pytest.mark.parametrize(

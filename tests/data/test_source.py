@@ -10,6 +10,7 @@ import pytest
 
 from dsm_train.data.arithmetic import count_tasks
 from dsm_train.data.config import DataConfig
+from dsm_train.data.format import PlainFormat
 from dsm_train.data.source import (
     draw,
     load_tasks,
@@ -20,7 +21,7 @@ from dsm_train.data.source import (
 )
 from dsm_train.data.tasks import Task
 
-TASKS = [Task(id=i, prompt=f"{i}", answer=str(i), solution=None) for i in range(10)]
+TASKS = [Task(id=i, question=f"{i}", answer=str(i), solution=None) for i in range(10)]
 
 
 def write_jsonl(path: Path, numbers: range) -> Path:
@@ -57,7 +58,7 @@ def test_occurrences_number_the_draws_of_each_task() -> None:
 def test_generated_tasks_take_what_was_asked() -> None:
     tasks = load_tasks(DataConfig(kinds=("add", "word"), train_tasks=50, heldout_tasks=20, style="steps"))
     assert (len(tasks.train), len(tasks.heldout)) == (50, 20)
-    assert not {t.prompt for t in tasks.train} & {t.prompt for t in tasks.heldout}
+    assert not {t.question for t in tasks.train} & {t.question for t in tasks.heldout}
     assert load_tasks(DataConfig(train_tasks=5, seed=1)) != load_tasks(DataConfig(train_tasks=5, seed=2))
 
 
@@ -94,7 +95,6 @@ def test_a_file_is_split_by_the_questions_alone(tmp_path: Path) -> None:
     assert [t.key for t in other.heldout] == [t.key for t in tasks.heldout]
     assert [t.key for t in other.train] != [t.key for t in tasks.train]
     assert load_tasks(DataConfig(path=path, heldout_tasks=3)).heldout == tasks.heldout[:3]  # fewer are a part of more
-    assert tasks.train[0].prompt.startswith("Question: What is ") and tasks.train[0].prompt.endswith("\nAnswer:")
 
 
 # a tenth, at least one, and never more than 500
@@ -159,13 +159,13 @@ def test_tasks_that_are_too_long_are_left_out_and_counted(tmp_path: Path) -> Non
     long = {"question": "How " + "very " * 50 + "long?", "answer": "1"}
     path.write_text(path.read_text() + json.dumps(long) + "\n")
     tasks = load_tasks(DataConfig(path=path, heldout_path=write_jsonl(tmp_path / "b.jsonl", range(30, 40))))
-    tokenizer = make_tokenizer(DataConfig(), None, tasks.train[:3])
-    left, line = without_too_long(tasks, tokenizer, longest=60)
+    format = PlainFormat(make_tokenizer(DataConfig(), None, tasks.train[:3]), "Question: {question}\nAnswer:")
+    left, line = without_too_long(tasks, format, longest=60)
     assert len(left.train) == 20 and left.heldout == tasks.heldout
     assert line is not None and "1 of 21 training tasks and 0 of 10 held-out tasks are left out" in line
-    assert without_too_long(left, tokenizer, longest=60) == (left, None)
+    assert without_too_long(left, format, longest=60) == (left, None)
     with pytest.raises(ValueError, match="every prompt of the training tasks has more than 3 tokens: raise model.max"):
-        without_too_long(tasks, tokenizer, longest=3)
+        without_too_long(tasks, format, longest=3)
 
 
 def test_a_file_smaller_than_a_step_is_said() -> None:
@@ -177,7 +177,7 @@ def test_a_file_smaller_than_a_step_is_said() -> None:
 def test_the_tokenizer_comes_from_the_configuration_then_the_weights_then_the_tasks(tmp_path: Path) -> None:
     tasks = load_tasks(DataConfig(kinds=("word",), train_tasks=200)).train
     made = make_tokenizer(DataConfig(vocab_size=300), None, tasks)
-    assert made.vocab_size == 300 and made.decode(made.encode(tasks[0].prompt)) == tasks[0].prompt
+    assert made.vocab_size == 300 and made.decode(made.encode(tasks[0].question)) == tasks[0].question
     for folder, size in (("given", 280), ("init", 290)):
         make_tokenizer(DataConfig(vocab_size=size), None, tasks).save(tmp_path / folder)
     assert make_tokenizer(DataConfig(), tmp_path / "init", tasks).vocab_size == 290

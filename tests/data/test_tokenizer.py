@@ -11,7 +11,7 @@ import pytest
 from dsm_train.data.arithmetic import arithmetic_tasks
 from dsm_train.data.tokenizer import EOS, PAD, Tokenizer, _bounded, load_tokenizer, train_tokenizer
 
-TEXTS = [f"{task.prompt}{task.solution}" for task in arithmetic_tasks(["word"], "train", count=300, style="steps")]
+TEXTS = [f"{task.question}{task.solution}" for task in arithmetic_tasks(["word"], "train", count=300, style="steps")]
 HARD_TEXTS = [
     "",
     " ",

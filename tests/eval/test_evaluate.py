@@ -9,6 +9,7 @@ from typing import Literal
 import pytest
 import torch
 
+from dsm_train.data.format import PlainFormat
 from dsm_train.data.tasks import Task
 from dsm_train.data.tokenizer import Tokenizer, train_tokenizer
 from dsm_train.eval.evaluate import Evaluator, pass_at_k
@@ -19,7 +20,7 @@ from dsm_train.rewards.grader import Grader
 from dsm_train.rollout.config import SamplingConfig
 from dsm_train.types import Prompt, Rollouts, Sequences
 
-TASKS = [Task(id=i, prompt=f"{i}+1=", answer=str(i + 1), solution=None) for i in range(7)]
+TASKS = [Task(id=i, question=f"{i}+1=", answer=str(i + 1), solution=None) for i in range(7)]
 GRADER = Grader(RewardConfig())
 SAMPLING = SamplingConfig(temperature=0.7, top_p=0.9, top_k=5, max_new_tokens=4)
 
@@ -55,12 +56,12 @@ class Scripted:
 
 @pytest.fixture(scope="module")
 def tokenizer() -> Tokenizer:
-    return train_tokenizer([task.prompt for task in TASKS], 258)
+    return train_tokenizer([task.question for task in TASKS], 258)
 
 
 def test_greedy_accuracy_counts_right_answers(tokenizer: Tokenizer, layout: Parallel) -> None:
     engine = Scripted(tokenizer, [1, 0, 1, 1, 0, 1, 0])
-    evaluator = Evaluator(engine, tokenizer, layout, SAMPLING, GRADER)
+    evaluator = Evaluator(engine, tokenizer, PlainFormat(tokenizer, "{question}"), layout, SAMPLING, GRADER)
     assert evaluator.greedy_accuracy(TASKS) == pytest.approx(4 / 7)
     # every task once; greedy, untruncated; at a step that no training step has
     assert [ids for ids, *_ in engine.calls] == [[0, 1, 2, 3, 4, 5, 6]]
@@ -75,13 +76,15 @@ def test_the_grader_says_what_is_correct(
     engine = Scripted(tokenizer, [1, 0, 1, 1, 0, 1, 0], finished=False)
     # a weight of the answer that is not 1 makes no answer wrong
     grader = Grader(RewardConfig(numeric=0.5, unfinished=unfinished))
-    assert Evaluator(engine, tokenizer, layout, SAMPLING, grader).greedy_accuracy(TASKS) == pytest.approx(share)
+    assert Evaluator(engine, tokenizer, PlainFormat(tokenizer, "{question}"), layout, SAMPLING, grader).greedy_accuracy(
+        TASKS
+    ) == pytest.approx(share)
 
 
 def test_pass_at_k_averages_over_tasks(tokenizer: Tokenizer, layout: Parallel) -> None:
     right = [4, 0, 1, 2, 3, 0, 4]
     engine = Scripted(tokenizer, right)
-    evaluator = Evaluator(engine, tokenizer, layout, SAMPLING, GRADER)
+    evaluator = Evaluator(engine, tokenizer, PlainFormat(tokenizer, "{question}"), layout, SAMPLING, GRADER)
     result = evaluator.pass_at_k(TASKS, 4)
     assert list(result) == [1, 2, 4]
     assert result[1] == pytest.approx(sum(right) / 28)

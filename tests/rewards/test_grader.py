@@ -8,7 +8,7 @@ from dsm_train.data.tasks import Task
 from dsm_train.rewards import RewardConfig
 from dsm_train.rewards.grader import Grader, Verdict
 
-TASK = Task(id=1, prompt="70+2=", answer="72", solution=None)
+TASK = Task(id=1, question="70+2=", answer="72", solution=None)
 
 
 def verdict(config: RewardConfig, response: str, finished: bool = True) -> Verdict:
@@ -35,7 +35,7 @@ def test_a_response_that_was_cut_off_earns_nothing_unless_it_is_kept() -> None:
 
 
 def test_responses_are_judged_beside_their_tasks() -> None:
-    other = Task(id=2, prompt="1+1=", answer="2", solution=None)
+    other = Task(id=2, question="1+1=", answer="2", solution=None)
     graded = Grader(RewardConfig()).grade(["2", "2", "72"], [TASK, other, TASK], [True] * 3)
     assert [v.correct for v in graded] == [False, True, True]
     with pytest.raises(ValueError, match="zip"):
@@ -44,4 +44,4 @@ def test_responses_are_judged_beside_their_tasks() -> None:
 
 def test_a_gold_answer_that_is_no_number_is_named() -> None:
     with pytest.raises(ValueError, match="gold answer must be a number, got 'seventy'"):
-        Grader(RewardConfig()).grade(["72"], [Task(1, "q", "seventy", None)], [True])
+        Grader(RewardConfig()).grade(["72"], [Task(1, "q", "seventy")], [True])
