@@ -76,6 +76,9 @@ class RopeScaling:
         if self.kind in ("llama3", "yarn", "dynamic"):
             rule = f"given with kind = {self.kind}"
             require(self.original_length is not None, "original_length", rule, self.original_length)
+        if self.kind == "llama3":
+            rule = f"above low_freq_factor = {self.low_freq_factor}"
+            require(self.high_freq_factor > self.low_freq_factor, "high_freq_factor", rule, self.high_freq_factor)
 
 
 @dataclass(frozen=True)
@@ -150,6 +153,13 @@ class ModelConfig:
         at_least(0, self, "init_std")
         above(0, self, "rope_base", "norm_eps")
         require(self.kv_channels % 2 == 0, "head_size", "even, for rotary embeddings", self.kv_channels)
+        require(
+            self.rope.kind != "dynamic" or self.max_length <= (self.rope.original_length or 0),
+            "max_length",
+            f"at most rope.original_length = {self.rope.original_length} with rope.kind = dynamic, as the scaling of "
+            "longer sequences is not there",
+            self.max_length,
+        )
 
     @property
     def kv_channels(self) -> int:

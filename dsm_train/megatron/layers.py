@@ -6,6 +6,7 @@ N packed tokens, H heads, K head size.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -15,6 +16,8 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
+from dsm_train.config import ModelConfig
+from dsm_train.megatron.rope import rotate
 from triton_kernels import PackedLayout, packed_attention
 
 
@@ -45,20 +48,6 @@ class Tokens(PackedSeqParams):
     attend: Attend = field(kw_only=True)
     cos_NK: Tensor = field(kw_only=True)
     sin_NK: Tensor = field(kw_only=True)
-
-
-def rotary_tables(position_N: Tensor, head_size: int, base: float) -> tuple[Tensor, Tensor]:
-    """Compute cos and sin [N, 1, K] fp32 of the rotary embedding (Su et al., arXiv 2104.09864) at given positions."""
-    frequency = base ** (-torch.arange(0, head_size, 2, device=position_N.device, dtype=torch.float32) / head_size)
-    angle = position_N.float()[:, None, None] * frequency.repeat(2)
-    return angle.cos(), angle.sin()
-
-
-def rotate(x_NHK: Tensor, cos_NK: Tensor, sin_NK: Tensor) -> Tensor:
-    """Rotate pairs (i, i + K/2) of every head, in fp32."""
-    x = x_NHK.float()
-    first, second = x.chunk(2, dim=-1)
-    return (x * cos_NK + torch.cat([-second, first], dim=-1) * sin_NK).to(x_NHK.dtype)
 
 
 class CoreAttention(torch.nn.Module):
@@ -114,7 +103,7 @@ def transformer_engine_available() -> bool:
     return HAVE_TE and torch.cuda.is_available()
 
 
-def block_spec(config: TransformerConfig, transformer_engine: bool, vp_stage: int | None) -> Any:
+def block_spec(model: ModelConfig, config: TransformerConfig, transformer_engine: bool, vp_stage: int | None) -> Any:
     """Specify the layers of a chunk: Transformer Engine's or Megatron's local ones, with our core attention."""
     if transformer_engine:
         from megatron.core.extensions.transformer_engine import TENorm
@@ -125,6 +114,24 @@ def block_spec(config: TransformerConfig, transformer_engine: bool, vp_stage: in
     else:
         layer, norm = get_gpt_layer_local_spec(normalization="RMSNorm"), RMSNorm
         layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = RMSNorm
-    layer.submodules.self_attention.submodules.core_attention = CoreAttention
+    attention, mlp = layer.submodules.self_attention.submodules, layer.submodules.mlp
+    mlp = mlp.keywords["submodules"] if isinstance(mlp, partial) else mlp.submodules  # megatron-core 0.19: a partial
+    attention.core_attention = CoreAttention
+    if model.qk_norm:
+        attention.q_layernorm = attention.k_layernorm = norm
+    if model.output_bias:
+        attention.linear_proj = with_bias(attention.linear_proj)
+    if model.mlp_bias:
+        mlp.linear_fc1, mlp.linear_fc2 = with_bias(mlp.linear_fc1), with_bias(mlp.linear_fc2)
     # The final norm is named here too: a bare layer spec would take Megatron's default.
     return TransformerBlockSubmodules([layer] * get_num_layers_to_build(config, vp_stage=vp_stage), layer_norm=norm)
+
+
+def with_bias(linear: Any) -> Any:
+    """Make a parallel linear layer that has a bias: Megatron's `add_bias_linear` would give one to every layer."""
+
+    class Biased(linear):
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs | {"bias": True})
+
+    return Biased

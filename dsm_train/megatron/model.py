@@ -5,7 +5,7 @@ N packed tokens, D hidden.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -18,18 +18,22 @@ from megatron.core.tensor_parallel.layers import (
 )
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from megatron.core.transformer.transformer_config import TransformerConfig
-from megatron.core.utils import get_model_config
+from megatron.core.utils import get_attr_wrapped_model, get_model_config
 from torch import Tensor
 
 from dsm_train.config import ModelConfig, ParallelConfig
 from dsm_train.megatron import platform
 from dsm_train.megatron.heads import HeadSpec, ValueLayer
-from dsm_train.megatron.layers import Attend, Tokens, block_spec, rotary_tables, transformer_engine_available
+from dsm_train.megatron.layers import Attend, Tokens, block_spec, transformer_engine_available
 from dsm_train.megatron.parallel import Parallel, pipeline_layers
+from dsm_train.megatron.rope import RotaryEmbedding
 
 
 class HiddenGPTModel(GPTModel):
     """A GPTModel whose forward ends with the final norm: [N, 1, D], never logits."""
+
+    rotary: RotaryEmbedding
+    """Set when it is built; no buffer, which a bf16 model would round."""
 
     def make_value_head(self) -> None:
         """Replace the language head by one row of zeros."""
@@ -79,6 +83,8 @@ def transformer_config(model: ModelConfig, parallel: ParallelConfig) -> Transfor
         gated_linear_unit=True,
         activation_func=F.silu,
         add_bias_linear=False,
+        add_qkv_bias=model.qkv_bias,
+        qk_layernorm=model.qk_norm,
         hidden_dropout=0.0,
         attention_dropout=0.0,
         params_dtype=dtype,
@@ -132,7 +138,7 @@ def build_model(model: ModelConfig, head: HeadSpec, parallel: Parallel) -> list[
         vp_stage = turn if virtual > 1 else None
         chunk = HiddenGPTModel(
             config,
-            block_spec(config, uses_transformer_engine(model), vp_stage),
+            block_spec(model, config, uses_transformer_engine(model), vp_stage),
             vocab_size,
             model.max_length,
             pre_process=parallel.has_embedding and turn == 0,
@@ -145,6 +151,7 @@ def build_model(model: ModelConfig, head: HeadSpec, parallel: Parallel) -> list[
         if head.kind == "value" and chunk.post_process:
             chunk.make_value_head()
         _mark_shards(chunk)
+        chunk.rotary = RotaryEmbedding.of(model, platform.device())
         chunks.append(chunk.to(platform.device()))
     return chunks
 
@@ -152,13 +159,13 @@ def build_model(model: ModelConfig, head: HeadSpec, parallel: Parallel) -> list[
 def _mark_shards(chunk: HiddenGPTModel) -> None:
     """Mark each weight with the dimension along which it is split.
 
-    The gradient norm, our initialisation and our files go by these marks. The layers of megatron-core 0.16 set them
-    only when they draw the weights themselves, those of 0.19 always.
+    The gradient norm, our initialisation and our files go by these marks. The layers of megatron-core 0.16 set those of
+    matrices only when they draw them themselves, and those of biases always; the layers of 0.19 set all of them.
     """
     for module in chunk.modules():
-        dim = {ColumnParallelLinear: 0, VocabParallelEmbedding: 0, RowParallelLinear: 1}.get(type(module))
-        if dim is not None and module.weight is not None and not hasattr(module.weight, "partition_dim"):
-            set_tensor_model_parallel_attributes(module.weight, is_parallel=True, dim=dim, stride=1)
+        for kind, dim in ((ColumnParallelLinear, 0), (VocabParallelEmbedding, 0), (RowParallelLinear, 1)):
+            if isinstance(module, kind) and module.weight is not None and not hasattr(module.weight, "partition_dim"):
+                set_tensor_model_parallel_attributes(module.weight, is_parallel=True, dim=dim, stride=1)
 
 
 def forward_hidden(
@@ -168,7 +175,7 @@ def forward_hidden(
 
     Under sequence parallelism this rank's part of it: see `local_length`.
     """
-    cos, sin = rotary_tables(position_N, model.kv_channels, model.rope_base)
+    cos, sin = cast(RotaryEmbedding, get_attr_wrapped_model(chunk, "rotary")).tables(position_N)
     tokens = Tokens(num_tokens=len(token_N), attend=attend, cos_NK=cos, sin_NK=sin)
     config = get_model_config(chunk)
     padding = local_length(len(token_N), config) * _sequence_ranks(config) - len(token_N)

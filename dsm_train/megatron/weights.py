@@ -20,13 +20,18 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from dsm_train.config import ModelConfig
+from dsm_train.config import ModelConfig, RopeScaling
 from dsm_train.data.tokenizer import Tokenizer
 from dsm_train.megatron.heads import HeadSpec, ValueLayer
 from dsm_train.megatron.model import HiddenGPTModel, build_model
 from dsm_train.megatron.parallel import Parallel
 
 _LAYER = re.compile(r"decoder\.layers\.(\d+)\.(.*)")
+_FUSED = {
+    "self_attention.linear_qkv.layer_norm_weight": "input_layernorm.weight",
+    "mlp.linear_fc1.layer_norm_weight": "pre_mlp_layernorm.weight",
+}
+"""Canonical names of the norms that Transformer Engine's layers fuse with the linear layer behind them."""
 WEIGHTS_FILE = "model.safetensors"
 MODEL_FILE = "model.json"
 _TOKENIZER = "tokenizer"
@@ -44,7 +49,7 @@ def named_weights(chunks: Sequence[HiddenGPTModel]) -> Iterator[tuple[str, torch
             match = _LAYER.match(name)
             if match:
                 layer = int(chunk.decoder.layers[int(match[1])].layer_number) - 1  # type: ignore[arg-type]
-                name = f"decoder.layers.{layer}.{match[2]}"
+                name = f"decoder.layers.{layer}.{_FUSED.get(match[2], match[2])}"
             yield name, parameter
 
 
@@ -92,12 +97,12 @@ class ModelSpec:
 
 @torch.no_grad()
 def initialise(chunks: Sequence[HiddenGPTModel], model: ModelConfig, seed: int, parallel: Parallel) -> None:
-    """Draw all weights: normal(0, init_std), norms 1, projections into the residual stream / sqrt(2 num_layers).
+    """Draw all weights: normal(0, init_std), norms 1, biases 0, projections into the residual / sqrt(2 num_layers).
 
     A value head starts at 0: so do all values.
     """
     for name, parameter in named_weights(chunks):
-        if "norm" in name or name == "value_head.weight":
+        if "norm" in name or name.endswith(".bias") or name == "value_head.weight":
             parameter.fill_(1.0 if "norm" in name else 0.0)
             continue
         # A tied head on another pipeline rank must start as the embedding's copy.
@@ -237,7 +242,9 @@ def saved_model(folder: Path, model: ModelConfig, given: Collection[str] = ("mod
             raise ValueError(f"run.init: {folder} holds no {file}; give a folder written by a stage of this trainer")
     try:
         described = json.loads((folder / MODEL_FILE).read_text())
-        saved = ModelConfig(**{name: value for name, value in described.items() if name != _TOKENIZER})
+        values: dict[str, Any] = {name: value for name, value in described.items() if name != _TOKENIZER}
+        values["rope"] = RopeScaling(**values.get("rope", {}))
+        saved = ModelConfig(**values)
     except (AttributeError, TypeError, ValueError) as error:
         raise ValueError(
             f"run.init: {folder / MODEL_FILE} does not describe a model ({error}): write it anew"

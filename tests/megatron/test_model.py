@@ -1,4 +1,4 @@
-"""The Megatron model against transformers' Llama with the same weights.
+"""The Megatron model against transformers' models with the same weights.
 
 N packed tokens, D hidden, V vocabulary.
 """
@@ -29,7 +29,7 @@ CONFIGS = {
     "grouped query": tiny.MODEL,
     "tied head": tiny.tied(),
     "multi head": replace(tiny.MODEL, num_kv_heads=4),
-    "one key head, wide head": replace(tiny.MODEL, num_kv_heads=1, head_size=16, rope_base=500.0),
+    **tiny.ARCHITECTURES,
 }
 
 
@@ -51,7 +51,7 @@ def random_tokens() -> list[Tensor]:
 
 
 @torch.no_grad()
-def test_logits_are_llamas(policy: Model) -> None:
+def test_logits_are_transformers(policy: Model) -> None:
     tokens = random_tokens()
     hidden_N1D = packed_hidden(policy, tokens)
     assert hidden_N1D.shape == (sum(LENGTHS), 1, policy.config.hidden_size)
@@ -69,7 +69,7 @@ def test_packing_changes_nothing(policy: Model) -> None:
 
 
 @torch.no_grad()
-def test_log_probabilities_are_llamas_at_the_temperature(policy: Model) -> None:
+def test_log_probabilities_are_transformers_at_the_temperature(policy: Model) -> None:
     sequences = tiny.sequences([3, 1, 6], [4, 9, 1, 0, 2, 7])
     T = sequences.response_token_T.numel()
     logprob_T = policy.logprobs(pack(sequences, 20, platform.device()), T, temperature=0.7)

@@ -63,7 +63,10 @@ def relative_error(got: Mapping[str, Tensor], expected: Mapping[str, Tensor]) ->
     return math.sqrt(distance / sum(float(x.detach().double().square().sum()) for x in expected.values()))
 
 
-@pytest.fixture(scope="module", params=[tiny.MODEL, tiny.tied()], ids=["untied", "tied"])
+CONFIGS = {"untied": tiny.MODEL, "tied": tiny.tied(), **tiny.ARCHITECTURES}
+
+
+@pytest.fixture(scope="module", params=CONFIGS.values(), ids=CONFIGS.keys())
 def problem(request: pytest.FixtureRequest, layout: Parallel) -> tuple[ModelConfig, Rows, float, dict[str, Tensor]]:
     """A batch, and the loss and gradients that plain autograd of the paper's formula gives in fp64."""
     config = request.param
@@ -113,6 +116,8 @@ def test_gradients_are_the_papers(
     assert sum(float(out.loss.detach()) for out in outputs) == pytest.approx(loss, rel=1e-5)
     got = tiny.llama_names(config, main_gradients(policy))
     assert relative_error(got, gradient) < 1e-5
+    for name, value in gradient.items():
+        assert relative_error({name: got[name]}, {name: value}) < 1e-4, name
     # a second pass over the same batch starts from zero
     policy.forward_backward(micro_batches, PolicyLoss(rows, OBJECTIVE, TEMPERATURE))
     assert relative_error(tiny.llama_names(config, main_gradients(policy)), gradient) < 1e-5
@@ -180,11 +185,12 @@ def sum_of_logprobs(scale: float = 1.0) -> SupervisedLoss:
 
 @pytest.mark.parametrize("clip_grad", [0.5, 1e6, 0.0], ids=["clipped", "within", "off"])
 def test_the_update_is_adamws(clip_grad: float, layout: Parallel) -> None:
+    """Norms and biases, query-key norms among them, do not decay."""
     optim = OptimConfig(lr=1e-2, weight_decay=0.1, beta1=0.8, beta2=0.9, eps=1e-6, clip_grad=clip_grad)
-    policy = tiny.trainable(layout, optim=optim)
+    policy = tiny.trainable(layout, tiny.BIASES, optim)
     named = dict(weights.named_weights(policy.chunks))
     copies = {name: torch.nn.Parameter(p.detach().clone()) for name, p in named.items()}
-    groups = [  # no decay on norms
+    groups = [
         {"params": [p for p in copies.values() if p.dim() > 1], "weight_decay": 0.1},
         {"params": [p for p in copies.values() if p.dim() == 1], "weight_decay": 0.0},
     ]

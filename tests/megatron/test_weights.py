@@ -15,7 +15,7 @@ from dsm_train.config import ModelConfig
 from dsm_train.data.tokenizer import train_tokenizer
 from dsm_train.megatron import weights
 from dsm_train.megatron.heads import HeadSpec
-from dsm_train.megatron.model import build_model
+from dsm_train.megatron.model import HiddenGPTModel, build_model
 from dsm_train.megatron.parallel import Parallel
 
 
@@ -44,10 +44,10 @@ def test_no_two_weights_start_alike(layout: Parallel) -> None:
 
 
 def test_weights_have_the_scale_they_should(layout: Parallel) -> None:
-    config = replace(tiny.MODEL, num_layers=4, init_std=0.02)
+    config = replace(tiny.BIASES, num_layers=4, init_std=0.02)
     for name, value in initialised(layout, config).items():
-        if "norm" in name:
-            assert bool((value == 1).all())
+        if "norm" in name or name.endswith(".bias"):
+            assert bool((value == ("norm" in name)).all())
         else:
             # projections into the residual stream are divided by sqrt(2 x 4 layers)
             into_residual = name.endswith(("linear_proj.weight", "linear_fc2.weight"))
@@ -68,7 +68,56 @@ def test_a_tied_head_is_the_embedding(layout: Parallel) -> None:
     assert built[0].head_weight() is named["embedding.word_embeddings.weight"]
 
 
-@pytest.mark.parametrize("config", [tiny.MODEL, tiny.tied()], ids=["untied", "tied"])
+LAYER = {
+    "input_layernorm.weight",
+    "self_attention.linear_qkv.weight",
+    "self_attention.linear_proj.weight",
+    "pre_mlp_layernorm.weight",
+    "mlp.linear_fc1.weight",
+    "mlp.linear_fc2.weight",
+}
+CHOICES = {
+    "self_attention.linear_qkv.bias",
+    "self_attention.linear_proj.bias",
+    "self_attention.q_layernorm.weight",
+    "self_attention.k_layernorm.weight",
+    "mlp.linear_fc1.bias",
+    "mlp.linear_fc2.bias",
+}
+
+
+def names_of_a_layer(built: list[HiddenGPTModel]) -> set[str]:
+    first = "decoder.layers.0."
+    return {name.removeprefix(first) for name, _ in weights.named_weights(built) if name.startswith(first)}
+
+
+def test_every_choice_has_its_weights(layout: Parallel) -> None:
+    for chosen, names in (
+        ({"qkv_bias": True}, {"self_attention.linear_qkv.bias"}),
+        ({"output_bias": True}, {"self_attention.linear_proj.bias"}),
+        ({"mlp_bias": True}, {"mlp.linear_fc1.bias", "mlp.linear_fc2.bias"}),
+        ({"qk_norm": True}, {"self_attention.q_layernorm.weight", "self_attention.k_layernorm.weight"}),
+    ):
+        assert names_of_a_layer(tiny.chunks(layout, replace(tiny.MODEL, **chosen))) == LAYER | names
+    assert names_of_a_layer(tiny.chunks(layout, tiny.BIASES)) == LAYER | CHOICES
+
+
+def test_names_do_not_depend_on_the_layers_that_serve(layout: Parallel) -> None:
+    """Transformer Engine's linear layers hold the norm before them; here the same weights lie where it keeps them."""
+    built = tiny.chunks(layout, tiny.BIASES)
+    before = tiny.full_weights(built)
+    for layer in built[0].decoder.layers:
+        for norm, linear in (
+            ("input_layernorm", layer.self_attention.linear_qkv),
+            ("pre_mlp_layernorm", layer.mlp.linear_fc1),
+        ):
+            linear.layer_norm_weight = getattr(layer, norm).weight
+            setattr(layer, norm, torch.nn.Identity())
+    assert any(name.endswith("linear_fc1.layer_norm_weight") for name, _ in built[0].named_parameters())
+    assert equal(tiny.full_weights(built), before)
+
+
+@pytest.mark.parametrize("config", [tiny.MODEL, tiny.tied(tiny.BIASES)], ids=["untied", "tied, with all choices"])
 def test_saved_weights_come_back(config: ModelConfig, layout: Parallel, tmp_path: Path) -> None:
     written = tiny.chunks(layout, config)
     weights.save_weights(tmp_path / "w", written, config, layout)

@@ -34,6 +34,7 @@ CONFIGS = {
     "tied head": tiny.tied(),
     "multi head": replace(tiny.MODEL, num_kv_heads=4),
     "one key head": replace(tiny.MODEL, num_kv_heads=1),
+    "biases and query-key norms": tiny.BIASES,
 }
 
 
@@ -85,6 +86,25 @@ def test_greedy_decoding_is_that_without_a_cache(config: ModelConfig, layout: Pa
             if not set(tokens) & set(STOP):
                 tokens.append(token)
     assert decoded == expected
+
+
+@pytest.mark.parametrize("name", ["Qwen2", "Qwen3"])
+def test_greedy_tokens_are_those_of_transformers(name: str, layout: Parallel) -> None:
+    """In its own cached generation; scaled frequencies, biases and query-key norms at every position."""
+    config = replace(tiny.ARCHITECTURES[name], vocab_multiple=tiny.VOCAB)  # no row that transformers would take for one
+    policy = tiny.model(layout, config)
+    reference = tiny.llama(config, tiny.full_weights(policy.chunks), torch.float32)
+    decoded = responses(EmbeddedEngine(policy, [], seed=0).generate(PROMPTS, 1, GREEDY, step=0))
+    for prompt, tokens in zip(PROMPTS, decoded, strict=True):
+        token_1N = torch.tensor([prompt.token])
+        generated = reference.generate(
+            token_1N,
+            attention_mask=torch.ones_like(token_1N),
+            max_new_tokens=len(tokens),
+            do_sample=False,
+            pad_token_id=0,
+        )
+        assert generated[0].tolist() == prompt.token + tokens
 
 
 def test_the_same_call_gives_the_same_bits(policy: Model) -> None:
