@@ -306,7 +306,9 @@ class RunConfig:
     overwrite: bool = False
     """Replace the finished run that `out` holds, its weights as well; without it such a folder is refused."""
     init: Path | None = None
-    """Folder of weights to start from (written by another stage); none: random weights."""
+    """Folder of weights to start from: a Hugging Face model, or weights/ of another run; none: random weights."""
+    weights_dtype: Literal["fp32", "bf16", "fp16"] | None = None
+    """Type that the weights are written in; none: model.dtype."""
     seed: int = 0
     """Seed of weights, data order and sampling."""
     max_tokens: int = 16384

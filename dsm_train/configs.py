@@ -15,6 +15,7 @@ from dsm_train.config import (
     ParallelConfig,
     RunConfig,
     SftTraining,
+    above,
     at_least,
     check_warmup,
     require,
@@ -144,6 +145,7 @@ class EvaluateConfig(StageConfig):
         "eval.every": "it counts steps of training",
         "eval.tasks": "it counts for evaluation while training; data.heldout_tasks says how many tasks there are",
         "run.overwrite": "it keeps no run",
+        "run.weights_dtype": "it writes no weights",
     }
 
     def __post_init__(self) -> None:
@@ -166,12 +168,39 @@ class GenerateConfig(StageConfig):
         "eval": "dsm-train eval evaluates",
         "rewards": "dsm-train eval grades responses",
         "run.overwrite": "it keeps no run",
+        "run.weights_dtype": "it writes no weights",
     }
 
     def __post_init__(self) -> None:
         super().__post_init__()
         require_weights(self.run, "generate")
         at_least(1, self, "num_samples")
+
+
+@dataclass(frozen=True)
+class ConvertConfig:
+    """Stage `convert`: read weights, in any layout, and write them in other files or another type."""
+
+    run: RunConfig = field(default_factory=RunConfig)
+    """Run: weights_dtype none keeps the type of every tensor."""
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    """Parallelism."""
+    shard_gb: float = 5.0
+    """Largest file of weights, in 10^9 bytes, unless one tensor is larger."""
+    given: Given = field(default_factory=Given, compare=False, repr=False)
+    """Keys that the user set; not a value of the configuration."""
+
+    unheeded: ClassVar[Mapping[str, str]] = {
+        "run.overwrite": "remove the folder first",
+        "run.seed": "nothing is random",
+        "run.max_tokens": "nothing is computed",
+        "run.share_prompts": "nothing is computed",
+    }
+
+    def __post_init__(self) -> None:
+        require(self.run.init is not None, "run.init", "given: the folder to convert", "none")
+        require(self.run.out is not None, "run.out", "given: the folder to write", "none")
+        above(0, self, "shard_gb")
 
 
 @dataclass(frozen=True)
@@ -201,6 +230,7 @@ class VerifyStepConfig(StageConfig):
         "eval": "it evaluates nothing",
         "rewards": "the rewards are those that were recorded",
         "run.overwrite": "it keeps no run",
+        "run.weights_dtype": "it writes no weights",
     }
 
     def __post_init__(self) -> None:

@@ -21,8 +21,10 @@ from dsm_train.data.source import (
 )
 from dsm_train.data.tasks import Task
 from dsm_train.data.tokenizer import Tokenizer
-from dsm_train.megatron import parallel, weights
+from dsm_train.hf.folder import Source, with_vocabulary
+from dsm_train.megatron import parallel
 from dsm_train.megatron.flash import core_attention
+from dsm_train.megatron.heads import HeadSpec
 from dsm_train.megatron.model import padded_vocab, uses_transformer_engine
 from dsm_train.reporting.metrics import prepare_output
 from dsm_train.rewards.grader import Grader
@@ -49,18 +51,19 @@ def prepare(config: ConfigT, sampling: SamplingConfig | None) -> tuple[ConfigT, 
     sampling: how the stage answers its tasks; None: it does not. Returns the configuration with the model's shape as
     the initial weights have it.
     """
-    if config.run.init is not None:
-        saved = weights.saved_model(config.run.init, config.model, config.given)
-        weights.check_model(config.run.init, saved, config.model, config.given)
-        config = replace(config, model=saved)
+    source = None if config.run.init is None else Source.of(config.run.init)
+    if source is not None:
+        config = replace(config, model=source.model(config.model, config.given))
+        source.check_weights("language")
     tasks = load_tasks(config.data)
     tokenizer = make_tokenizer(config.data, config.run.init, tasks.train)
     format, grader = make_format(config.data, tokenizer), Grader(config.rewards)
-    vocab = padded_vocab(tokenizer.vocab_size, config.model.vocab_multiple, config.parallel.tp)
+    config = replace(config, model=with_vocabulary(config.model, source, tokenizer.vocab_size, tokenizer.fingerprint()))
+    vocab = padded_vocab(HeadSpec.of(config.model).vocab_size, config.model.vocab_multiple, config.parallel.tp)
     parallel.check_layout(config.parallel, config.model, vocab)
     if config.supervised is not None:
         check_batch(config.parallel, "the batch of supervised training", config.supervised.batch)
-    notes: list[str | None] = []
+    notes: list[str | None] = [source.note(config.given) if source is not None else None]
     if sampling is not None and config.data.too_long == "skip":
         room = min(config.model.max_length, config.run.max_tokens) - sampling.max_new_tokens
         tasks, left_out = without_too_long(tasks, format, room)
@@ -70,8 +73,6 @@ def prepare(config: ConfigT, sampling: SamplingConfig | None) -> tuple[ConfigT, 
     if sampling is not None:
         check_lengths(config, sampling, (*tasks.train, *tasks.heldout), format)
     check_solutions(config, tasks, format)
-    if config.run.init is not None:
-        weights.check_tokenizer(config.run.init, tokenizer)
     uses_transformer_engine(config.model)  # raises where the layers or the attention that were asked for are missing
     core_attention(config.model)
     return config, Questions(tasks, tokenizer, format, grader, tuple(note for note in notes if note is not None))

@@ -18,6 +18,8 @@ from dsm_train import __version__
 from dsm_train.cli import check_alike, digest, fingerprint, to_yaml, user_errors
 from dsm_train.configs import StageConfig
 from dsm_train.data.tokenizer import Tokenizer
+from dsm_train.hf.folder import Source, write_tokenizer_note
+from dsm_train.hf.writer import TYPES, appearing
 from dsm_train.megatron import parallel, platform, weights
 from dsm_train.megatron.flash import core_attention
 from dsm_train.megatron.heads import HeadSpec
@@ -44,6 +46,8 @@ class Job(Generic[OwnConfigT]):
     parallel: Parallel
     metrics: Metrics
     samples: Samples
+    source: Source | None = None
+    """Folder that the weights came from, as it was at the start."""
     started: float = field(default_factory=time.perf_counter)
 
     @property
@@ -64,16 +68,16 @@ class Job(Generic[OwnConfigT]):
         """Begin a loop of so many steps, whose metrics stand under this label."""
         return Loop(label, steps, self.parallel, self.metrics)
 
-    def packer(self, vocab_size: int) -> Packer:
+    def packer(self) -> Packer:
         """Make the packer of this job's layout."""
-        config = self.config
-        return Packer(
-            config.model, vocab_size, config.parallel, self.device, config.run.max_tokens, config.run.share_prompts
-        )
+        config, run = self.config, self.config.run
+        rows = HeadSpec.of(config.model).vocab_size
+        return Packer(config.model, rows, config.parallel, self.device, run.max_tokens, run.share_prompts)
 
-    def language_model(self, vocab_size: int) -> ModelSpec:
+    def language_model(self) -> ModelSpec:
         """Specify the model that the configuration names, with a language head."""
-        return ModelSpec(self.config.model, HeadSpec(vocab_size), self.config.run.init, self.config.run.seed)
+        config = self.config
+        return ModelSpec(config.model, HeadSpec.of(config.model), config.run.init, config.run.seed)
 
     @property
     def out(self) -> Path:
@@ -82,13 +86,17 @@ class Job(Generic[OwnConfigT]):
         return self.config.run.out
 
     def save(self, model: Model, tokenizer: Tokenizer) -> None:
-        """Write weights and tokenizer to the output folder, from which `run.init` starts another stage."""
-        folder = self.out / "weights"
+        """Write weights and tokenizer to the output folder, a Hugging Face folder, also for `run.init`. Collective."""
+        config, kind = self.config, model.spec.kind
+        ids = {"eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.pad_id}
+        source, dtype = self.source or Source.fresh(config.model, ids), config.run.weights_dtype or config.model.dtype
         self.parallel.watchdog.enter("saving of weights")
-        with self.parallel.watchdog.paused():
-            weights.save_weights(folder, model.chunks, self.config.model, self.parallel, tokenizer)
+        with self.parallel.watchdog.paused(), appearing(self.out / "weights", self.parallel.is_main) as folder:
+            weights.save_weights(folder, model.chunks, config.model, self.parallel, TYPES[dtype], kind)
             if self.parallel.is_main:
                 tokenizer.save(folder)
+                write_tokenizer_note(folder, tokenizer.vocab_size, tokenizer.fingerprint())
+                source.write(folder, config.model, kind, dtype)
 
 
 class Loop(AbstractContextManager["Loop"]):
@@ -156,6 +164,7 @@ def start(config: ConfigT, stage: str, questions: Questions, *, trains: bool = T
         threads = parallel.set_threads(config.run.threads)
         ranks = parallel.start(config.parallel, config.run.seed)
         check_alike(ranks.gather_over_ranks(identity(config, questions)))
+        source = None if config.run.init is None else Source.of(config.run.init)
     out, metrics, samples = folder.path if folder else None, Metrics(None), Samples(None)
     try:
         with ranks.watchdog.failures():
@@ -165,7 +174,7 @@ def start(config: ConfigT, stage: str, questions: Questions, *, trains: bool = T
                 folder.begin()
                 (folder.path / "config.yaml").write_text(to_yaml(config))
                 metrics, samples = Metrics(out), Samples(out)
-            job = Job(config, ranks, metrics, samples)
+            job = Job(config, ranks, metrics, samples, source)
             job.say("\n".join([startup_table(served_by(config, ranks, threads)), *questions.notes, *missing_ops()]))
             yield job
             if folder is not None:

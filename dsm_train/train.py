@@ -27,7 +27,7 @@ def reinforce(
 
     reference: the model that the KL penalty holds the policy to; None when kl_coef is 0.
     """
-    config, packer, parallel = job.config, job.packer(questions.tokenizer.vocab_size), job.parallel
+    config, packer, parallel = job.config, job.packer(), job.parallel
     renew, sampling = config.algorithm.reference_every, config.sampling
     with job.loop("grpo", config.steps) as loop:
         for step in loop:

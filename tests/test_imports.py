@@ -30,7 +30,7 @@ TRAINER = (
     "watchdog",
     "data.tasks",
     "rewards",
-    "data packing",
+    "data hf packing",
     "megatron",
     "losses grpo balance",
     "update",

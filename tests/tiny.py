@@ -27,7 +27,16 @@ if TYPE_CHECKING:
 VOCAB = 50  # padded to 64, so that 14 rows of the head belong to no token
 HEAD = HeadSpec(VOCAB)
 # An initial scale of 0.3 keeps the tokens' logits well apart. Two query heads per key head: grouped-query attention.
-MODEL = ModelConfig(num_layers=2, hidden_size=32, num_heads=4, num_kv_heads=2, ffn_size=48, max_length=64, init_std=0.3)
+MODEL = ModelConfig(
+    num_layers=2,
+    hidden_size=32,
+    num_heads=4,
+    num_kv_heads=2,
+    ffn_size=48,
+    vocab_size=VOCAB,
+    max_length=64,
+    init_std=0.3,
+)
 BIASES = replace(MODEL, qkv_bias=True, output_bias=True, mlp_bias=True, qk_norm=True, head_size=12)
 """Everything that a layer may have at once; a head of another size than hidden_size / num_heads."""
 ARCHITECTURES = {

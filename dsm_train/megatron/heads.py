@@ -6,12 +6,14 @@ T loss rows, D hidden, V vocabulary (this rank's shard).
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed import ProcessGroup
+
+from dsm_train.config import ModelConfig
+from dsm_train.hf.architectures import HeadKind
 
 
 @dataclass(frozen=True)
@@ -19,9 +21,15 @@ class HeadSpec:
     """The head that a model is built with."""
 
     vocab_size: int
-    """Tokens of the tokenizer: rows of the embedding and of a language head, both padded when they are built."""
-    kind: Literal["language", "value"] = "language"
+    """Tokens: rows of the embedding and of a language head, both padded when they are built."""
+    kind: HeadKind = "language"
     """language: a row per token, split over tensor-parallel ranks. value: one row, whole on every rank."""
+
+    @classmethod
+    def of(cls, model: ModelConfig, kind: HeadKind = "language") -> HeadSpec:
+        """Specify the head of a model whose vocabulary is known: a stage's preparation fills it from the tokenizer."""
+        assert model.vocab_size is not None
+        return cls(model.vocab_size, kind)
 
 
 @dataclass(frozen=True)

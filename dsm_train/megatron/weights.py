@@ -6,22 +6,23 @@ its shard: the same model in every layout.
 
 from __future__ import annotations
 
+import collections
 import hashlib
-import json
 import re
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from dsm_train.config import ModelConfig, RopeScaling
-from dsm_train.data.tokenizer import Tokenizer
+from dsm_train.config import ModelConfig
+from dsm_train.hf.architectures import HeadKind
+from dsm_train.hf.files import Reader
+from dsm_train.hf.names import Piece, pieces
+from dsm_train.hf.writer import SHARD_BYTES, Entry, shards, write_index, write_shard
 from dsm_train.megatron.heads import HeadSpec, ValueLayer
 from dsm_train.megatron.model import HiddenGPTModel, build_model
 from dsm_train.megatron.parallel import Parallel
@@ -32,12 +33,8 @@ _FUSED = {
     "mlp.linear_fc1.layer_norm_weight": "pre_mlp_layernorm.weight",
 }
 """Canonical names of the norms that Transformer Engine's layers fuse with the linear layer behind them."""
-WEIGHTS_FILE = "model.safetensors"
-MODEL_FILE = "model.json"
-_TOKENIZER = "tokenizer"
 VOCABULARY_WEIGHTS = ("embedding.word_embeddings.weight", "output_layer.weight")
 """Names of the weights with a row per token."""
-_AS_GIVEN = ("layers", "attention", "dtype", "recompute", "logits_mib", "vocab_multiple", "max_length")
 
 
 def named_weights(chunks: Sequence[HiddenGPTModel]) -> Iterator[tuple[str, torch.nn.Parameter]]:
@@ -89,7 +86,7 @@ class ModelSpec:
         """Build this rank's part of the model, with its initial weights."""
         chunks = build_model(self.config, self.head, parallel)
         if self.init is not None:
-            load_weights(self.init, chunks, parallel)
+            load_weights(self.init, chunks, self.config, parallel, self.head.kind)
         else:
             initialise(chunks, self.config, self.seed, parallel)
         return chunks
@@ -206,105 +203,126 @@ def difference_of_copies(
     return float(parallel.all_reduce(largest, dist.ReduceOp.MAX))
 
 
+@torch.no_grad()
+def load_weights(
+    folder: Path,
+    chunks: Sequence[HiddenGPTModel],
+    model: ModelConfig,
+    parallel: Parallel,
+    kind: HeadKind = "language",
+) -> None:
+    """Read the slices that this rank holds from a Hugging Face folder, straight into its parameters.
+
+    Rows that pad the vocabulary become 0, and so does a value head where the folder has none.
+    """
+    parts = _parts(model, kind)
+    with Reader(folder) as reader:
+        for name, parameter in named_weights(chunks):
+            parallel.watchdog.beat()
+            if name in (*VOCABULARY_WEIGHTS, "value_head.weight"):
+                parameter.zero_()
+            for piece in parts[name]:
+                if name == "value_head.weight" and piece.hf not in reader.tensors:
+                    continue
+                start, stop = _range(piece, parameter, parallel)
+                part = reader.read(piece.hf, piece.shape, piece.split, start, stop)
+                view = piece.view(parameter)
+                if piece.split is not None and piece.part == "whole":
+                    view = view.narrow(piece.split, 0, stop - start)
+                view.copy_(part.reshape(view.shape))
+
+
+def _parts(model: ModelConfig, kind: HeadKind) -> dict[str, list[Piece]]:
+    """List the tensors of the file that make up each weight."""
+    parts: dict[str, list[Piece]] = {}
+    for piece in pieces(model, kind):
+        parts.setdefault(piece.ours, []).append(piece)
+    if kind == "language" and model.tied_head:  # the copy of a tied head where the head is
+        parts["output_layer.weight"] = parts["embedding.word_embeddings.weight"]
+    return parts
+
+
+def _range(piece: Piece, parameter: Tensor, parallel: Parallel) -> tuple[int, int]:
+    """Find the range of the split dimension that this rank holds; padding of the vocabulary lies beyond its end."""
+    if piece.split is None:
+        return 0, 0
+    size, whole = piece.local_shape(parameter)[piece.split], piece.shape[piece.split]
+    start = min(parallel.groups.tp.rank() * size, whole)
+    return start, min(start + size, whole)
+
+
+@torch.no_grad()
 def save_weights(
     folder: Path,
     chunks: Sequence[HiddenGPTModel],
     model: ModelConfig,
     parallel: Parallel,
-    tokenizer: Tokenizer | None = None,
+    dtype: torch.dtype | Mapping[str, torch.dtype],
+    kind: HeadKind = "language",
+    shard_bytes: int = SHARD_BYTES,
 ) -> None:
-    """Write `model.safetensors` (full tensors by canonical name) and `model.json`, each in one atomic rename.
+    """Write the weights as Hugging Face's tensors; collective, and the main rank writes.
 
-    model.json has the model's configuration, and vocabulary size and fingerprint of its tokenizer.
+    It receives tensor by tensor, in pieces from the ranks that hold them: no rank ever holds the whole model.
 
-    All ranks call it; the main rank writes, for which it holds the whole model in CPU memory.
+    dtype: of all tensors, or of each by its name.
     """
-    tensors = gather_full(chunks, parallel)
-    if not parallel.is_main:
+    if parallel.dp_rank > 0:
         return
-    folder.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, folder / f"{WEIGHTS_FILE}.tmp")
-    known = {} if tokenizer is None else {"vocab_size": tokenizer.vocab_size, "fingerprint": tokenizer.fingerprint()}
-    (folder / f"{MODEL_FILE}.tmp").write_text(json.dumps(asdict(model) | {_TOKENIZER: known}, indent=1) + "\n")
-    for file in (WEIGHTS_FILE, MODEL_FILE):
-        (folder / f"{file}.tmp").replace(folder / file)
-
-
-def saved_model(folder: Path, model: ModelConfig, given: Collection[str] = ("model.max_length",)) -> ModelConfig:
-    """Read the configuration of saved weights; how to run them (`_AS_GIVEN`) stays as in `model`.
-
-    given: keys that the user set; without model.max_length among them, the length is that of the weights too.
-
-    Raises `ValueError` when the folder holds no weights, or none that this trainer wrote.
-    """
-    for file in (WEIGHTS_FILE, MODEL_FILE):
-        if not (folder / file).is_file():
-            raise ValueError(f"run.init: {folder} holds no {file}; give a folder written by a stage of this trainer")
-    try:
-        described = json.loads((folder / MODEL_FILE).read_text())
-        values: dict[str, Any] = {name: value for name, value in described.items() if name != _TOKENIZER}
-        values["rope"] = RopeScaling(**values.get("rope", {}))
-        saved = ModelConfig(**values)
-    except (AttributeError, TypeError, ValueError) as error:
-        raise ValueError(
-            f"run.init: {folder / MODEL_FILE} does not describe a model ({error}): write it anew"
-        ) from error
-    kept = [name for name in _AS_GIVEN if name != "max_length" or "model.max_length" in given]
-    return replace(saved, **{name: getattr(model, name) for name in kept})
-
-
-def check_model(folder: Path, saved: ModelConfig, asked: ModelConfig, given: Mapping[str, str]) -> None:
-    """Raise `ValueError` for a value of `model` that the user set and the saved weights have otherwise.
-
-    given: the keys that the user set, each with its place.
-    """
-    for name, value in asdict(saved).items():
-        key, wanted = f"model.{name}", getattr(asked, name)
-        if key in given and name not in _AS_GIVEN and wanted != value:
-            raise ValueError(
-                f"{given[key]}{key} = {wanted}, and the weights of run.init = {folder} have {value}: leave {key} out, "
-                "or start without run.init"
-            )
-
-
-def check_tokenizer(folder: Path, tokenizer: Tokenizer) -> None:
-    """Raise `ValueError` when the weights cannot be read, or were trained with another tokenizer."""
-    try:
-        with safe_open(folder / WEIGHTS_FILE, framework="pt") as file:
-            rows = file.get_slice("embedding.word_embeddings.weight").get_shape()[0]
-    except SafetensorError as error:
-        raise ValueError(f"run.init: {folder / WEIGHTS_FILE} is damaged ({error}): write it anew") from error
-    if rows < tokenizer.vocab_size:
-        raise ValueError(
-            f"run.init: {folder} has weights for {rows} tokens, and the tokenizer {tokenizer.vocab_size}: use the "
-            "tokenizer that lies beside the weights"
+    whole = {piece.hf: piece for piece in pieces(model, kind)}
+    held, stages = dict(named_weights(chunks)), parallel.groups.pp
+    holders: list[set[str]] = [set()] * stages.size()
+    dist.all_gather_object(holders, held.keys() & {piece.ours for piece in whole.values()}, group=stages)
+    types = dtype if isinstance(dtype, Mapping) else dict.fromkeys(whole, dtype)
+    written = shards([Entry(name, piece.shape, types[name]) for name, piece in whole.items()], shard_bytes)
+    for shard in written:
+        values = (
+            _to_main(whole[entry.name], held.get(whole[entry.name].ours), entry.dtype, holders, parallel)
+            for entry in shard.entries
         )
-    known = json.loads((folder / MODEL_FILE).read_text()).get(_TOKENIZER)
-    if known and known["fingerprint"] != tokenizer.fingerprint():
-        raise ValueError(
-            f"run.init: {folder} was trained with another tokenizer ({known['vocab_size']} tokens, "
-            f"{known['fingerprint']}) than the one given ({tokenizer.vocab_size} tokens, {tokenizer.fingerprint()}): "
-            "use the tokenizer that lies beside the weights"
-        )
+        if parallel.is_main:
+            write_shard(folder, shard, (value for value in values if value is not None))
+        else:
+            collections.deque(values, maxlen=0)
+    if parallel.is_main:
+        write_index(folder, written)
 
 
-@torch.no_grad()
-def load_weights(folder: Path, chunks: Sequence[HiddenGPTModel], parallel: Parallel) -> None:
-    """Read weights written by `save_weights` into this rank's shards.
+def _to_main(
+    piece: Piece, parameter: Tensor | None, dtype: torch.dtype, holders: Sequence[set[str]], parallel: Parallel
+) -> Tensor | None:
+    """Gather a tensor over its tensor-parallel ranks to the first, which sends it to the main rank; bytes travel."""
+    parallel.watchdog.beat()
+    groups = parallel.groups
+    holder = next(place for place, names in enumerate(holders) if piece.ours in names)
+    value = None
+    if groups.pp.rank() == holder:
+        assert parameter is not None
+        value = _gather(piece, parameter, dtype, parallel)
+    if holder == 0 or groups.tp.rank() > 0:
+        return value
+    if parallel.is_main:
+        received = torch.empty(piece.shape, dtype=dtype)
+        dist.recv(received.view(torch.uint8), group=groups.pp, group_src=holder)
+        return received
+    if value is not None:
+        dist.send(value.view(torch.uint8), group=groups.pp, group_dst=0)
+    return None
 
-    The vocabulary may be padded differently now: missing rows become zero.
-    """
-    full = load_file(folder / WEIGHTS_FILE)
-    for name, parameter in named_weights(chunks):
-        if chunks[0].share_embeddings_and_output_weights and name == "output_layer.weight":
-            name = "embedding.word_embeddings.weight"  # the copy of a tied head where the head is
-        if name not in full:
-            raise ValueError(
-                f"run.init: {folder / WEIGHTS_FILE} has no weight {name}; was it written with another model?"
-            )
-        value, shape = full[name], _full_shape(parameter, parallel.groups.tp.size())
-        if list(value.shape) != shape and name in VOCABULARY_WEIGHTS:
-            value = torch.nn.functional.pad(value[: shape[0]], (0, 0, 0, max(0, shape[0] - value.shape[0])))
-        if list(value.shape) != shape:
-            raise ValueError(f"run.init: weight {name} of {folder} has shape {list(value.shape)}, the model {shape}")
-        parameter.copy_(shard(name, value, parameter, parallel))
+
+def _gather(piece: Piece, parameter: Tensor, dtype: torch.dtype, parallel: Parallel) -> Tensor | None:
+    """Gather a tensor over the tensor-parallel ranks, on the CPU of the first; None on the others."""
+    group = parallel.groups.tp
+    part = piece.view(parameter.detach()).to("cpu", dtype).reshape(piece.local_shape(parameter)).contiguous()
+    if group.size() == 1 or piece.split is None:
+        parts = [part] if group.rank() == 0 else []
+    else:
+        parts = [torch.empty_like(part) for _ in range(group.size())] if group.rank() == 0 else []
+        bytes_of_parts = [part.view(torch.uint8) for part in parts] or None
+        dist.gather(part.view(torch.uint8), bytes_of_parts, group=group, group_dst=0)
+    if not parts:
+        return None
+    if piece.split is None:
+        return parts[0]
+    whole = torch.cat(parts, dim=piece.split) if len(parts) > 1 else parts[0]
+    return whole.narrow(piece.split, 0, piece.shape[piece.split]).contiguous()

@@ -23,7 +23,7 @@ def evaluate(config: EvaluateConfig) -> None:
         config, questions = prepare(config, config.sampling)
     with start(config, "eval", questions, trains=False) as job:
         tokenizer, heldout = questions.tokenizer, questions.tasks.heldout
-        model = Model.build(job.language_model(tokenizer.vocab_size), job.parallel)
+        model = Model.build(job.language_model(), job.parallel)
         engine = EmbeddedEngine(model, [tokenizer.eos_id], config.run.seed)
         evaluator = Evaluator(engine, tokenizer, questions.format, job.parallel, config.sampling, questions.grader)
         result: dict[str, Any] = {"tasks": len(heldout), "greedy_accuracy": evaluator.greedy_accuracy(heldout)}
@@ -42,7 +42,7 @@ def generate(config: GenerateConfig) -> None:
         asked = [Task(i, text) for i, text in enumerate(config.prompts)] or questions.tasks.heldout[:4]
         check_lengths(config, config.sampling, asked, questions.format)
     with start(config, "generate", questions, trains=False) as job:
-        model = Model.build(job.language_model(tokenizer.vocab_size), job.parallel)
+        model = Model.build(job.language_model(), job.parallel)
         engine = EmbeddedEngine(model, [tokenizer.eos_id], config.run.seed)
         prompts = [Prompt(task.id, questions.format.prompt(task)) for task in asked]
         rollouts = engine.generate(prompts, config.num_samples, config.sampling, step=-1)

@@ -32,7 +32,7 @@ def train_grpo(config: GrpoConfig) -> None:
         tokenizer, heldout = questions.tokenizer, questions.tasks.heldout
         warmup, updates = config.warmup, config.steps * algo.updates
         policy = TrainableModel.build(
-            job.language_model(tokenizer.vocab_size),
+            job.language_model(),
             job.parallel,
             *((warmup.optim, warmup.steps) if warmup.steps else (config.optim, updates)),
         )

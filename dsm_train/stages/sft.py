@@ -35,7 +35,7 @@ def train_sft(config: SftConfig) -> None:
         config, questions = prepare(config, config.sampling)
     with start(config, STAGE, questions) as job:
         tokenizer = questions.tokenizer
-        spec = job.language_model(tokenizer.vocab_size)
+        spec = job.language_model()
         model = TrainableModel.build(spec, job.parallel, config.sft.optim, config.sft.steps)
         engine = EmbeddedEngine(model, [tokenizer.eos_id], config.run.seed)
         evaluator = Evaluator(engine, tokenizer, questions.format, job.parallel, config.sampling, questions.grader)
@@ -51,7 +51,7 @@ def supervise(
     """Train on worked solutions, token mean over each step; returns the outcome for the report."""
     tasks, heldout = solved(questions.tasks.train, training.examples), questions.tasks.heldout
     watched, every, seed = heldout[: job.config.eval.tasks], job.config.eval.every, job.config.run.seed
-    packer = job.packer(questions.tokenizer.vocab_size)
+    packer = job.packer()
     with job.loop("sft", training.steps) as loop:
         for step in loop:
             with loop.phase("update"):

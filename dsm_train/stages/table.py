@@ -68,6 +68,12 @@ STAGES = (
         "dsm_train.stages.verify_step:verify_step",
     ),
     Stage(
+        "convert",
+        "Write weights in other files or another type: a Hugging Face folder in, and one out.",
+        "dsm_train.configs:ConvertConfig",
+        "dsm_train.stages.convert:convert",
+    ),
+    Stage(
         "corpus",
         "Mine mathematics from Common Crawl: extract, dedup, rounds, decontaminate, tokenise.",
         "dsm_train.corpus.config:CorpusConfig",
@@ -75,7 +81,7 @@ STAGES = (
         has_steps=True,
     ),
 )
-COMING = ("pretrain", "label", "reward", "ppo", "rft", "dpo", "compare", "convert", "plan", "runs", "rollout-check")
+COMING = ("pretrain", "label", "reward", "ppo", "rft", "dpo", "compare", "plan", "runs", "rollout-check")
 """Stages that are not built yet."""
 
 

@@ -89,12 +89,12 @@ def make_plan(config: VerifyStepConfig) -> Plan:
     algo = algorithm(config.algorithm, config.rewards)
     if config.shuffle and algo.minibatches > 1:
         raise ValueError("shuffle would put other groups into each minibatch: set algorithm.minibatches=1 beside it")
-    config, questions = prepare(config, None)
+    config, _ = prepare(config, None)
     config = replace(config, model=first_layers(config.model, config.layers))
     reference = None
     if config.reference_layout is not None:
         reference = parse_section(ParallelConfig, config.reference_layout, "reference_layout")
-    head = HeadSpec(questions.tokenizer.vocab_size)
+    head = HeadSpec.of(config.model)
     for name, layout in (("", config.parallel), ("reference_layout: ", reference or ParallelConfig())):
         padded = padded_vocab(head.vocab_size, config.model.vocab_multiple, layout.tp)
         try:
@@ -152,7 +152,7 @@ def check_batch_fits(rollouts: Rollouts, config: VerifyStepConfig, algo: Algorit
     tokens = torch.cat([sequences.prompt_token, sequences.response_token_T])
     if tokens.numel() and not 0 <= int(tokens.min()) <= int(tokens.max()) < vocab_size:
         raise ValueError(
-            f"{name} has tokens from {int(tokens.min())} to {int(tokens.max())}, and the tokenizer {vocab_size}: "
+            f"{name} has tokens from {int(tokens.min())} to {int(tokens.max())}, and the model rows for {vocab_size}: "
             "give the configuration and run.init that it was recorded with"
         )
     prompt_S = sequences.prompt_cu.diff()[sequences.prompt_of_response_S]

@@ -11,6 +11,7 @@ import torch.distributed as dist
 
 from dsm_train.config import ModelConfig, OptimConfig, ParallelConfig
 from dsm_train.grpo import token_weights
+from dsm_train.hf.writer import appearing
 from dsm_train.losses import LossOutput, Stats, SupervisedLoss
 from dsm_train.megatron import parallel, weights
 from dsm_train.megatron.heads import HeadSpec, ValueHead
@@ -74,11 +75,12 @@ def run(name: str, rank: int, world: int, store: dist.Store, out: Path) -> None:
     result["copies"] = weights.difference_of_copies(policy.chunks, layout)
     result["sampled"] = generate(policy, layout).sequences.response_token_T  # with the weights of after the update
     result["value"] = value_step(layout, model)
-    weights.save_weights(out / f"{name}-weights", policy.chunks, model, layout)
+    with appearing(out / f"{name}-weights", layout.is_main) as folder:
+        weights.save_weights(folder, policy.chunks, model, layout, torch.float32, shard_bytes=20_000)
     dist.barrier()
     policy.restart(OPTIM, 1)
     weights.initialise(policy.chunks, model, 1, layout)
-    weights.load_weights(out / f"{name}-weights", policy.chunks, layout)
+    weights.load_weights(out / f"{name}-weights", policy.chunks, model, layout)
     result["loaded"] = weights.gather_full(policy.chunks, layout)
     torch.save(result, out / f"{name}-{rank}.pt")
     parallel.stop(layout)

@@ -1,0 +1,1 @@
+"""The format of weights: a Hugging Face folder, in and out. Imports neither megatron nor transformers."""
