@@ -26,6 +26,7 @@ from dsm_train.update import optimizer_step
 
 MODEL = replace(tiny.MODEL, num_layers=4)
 UNEVEN = replace(tiny.MODEL, num_layers=3)
+TIED = tiny.tied(replace(tiny.BIASES, num_layers=4))
 RECOMPUTE = replace(MODEL, recompute=True)
 SEQUENCES = tiny.sequences([3, 1, 6, 2], [4, 9, 1, 3, 2, 7, 5, 5])
 OPTIM = OptimConfig(lr=1e-2, weight_decay=0.1)
@@ -34,15 +35,15 @@ SAMPLING = SamplingConfig(max_new_tokens=12)
 
 CASES: dict[str, tuple[ParallelConfig, ModelConfig]] = {
     "one": (ParallelConfig(), MODEL),
-    "one_tied": (ParallelConfig(), tiny.tied(MODEL)),
+    "one_tied": (ParallelConfig(), TIED),
     "one_uneven": (ParallelConfig(), UNEVEN),
     "tp2": (ParallelConfig(tp=2), MODEL),
     "tp2_sp": (ParallelConfig(tp=2, sp=True), MODEL),
-    "tp2_tied": (ParallelConfig(tp=2), tiny.tied(MODEL)),
+    "tp2_tied": (ParallelConfig(tp=2), TIED),
     "tp2_sp_recompute": (ParallelConfig(tp=2, sp=True), RECOMPUTE),
     "pp2": (ParallelConfig(pp=2), MODEL),
     "pp2_uneven": (ParallelConfig(pp=2), UNEVEN),
-    "pp2_tied": (ParallelConfig(pp=2), tiny.tied(MODEL)),
+    "pp2_tied": (ParallelConfig(pp=2), TIED),
     "pp2_vpp2": (ParallelConfig(pp=2, vpp=2), MODEL),
     "dp2": (ParallelConfig(), MODEL),
     "dp2_overlap": (ParallelConfig(overlap=True), MODEL),

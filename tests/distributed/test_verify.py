@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import verify_worker
 from ranks import run_ranks
-from verify_worker import CLASSES, FOUR_RANKS, LATER, TWO_RANKS, cases
+from verify_worker import CLASSES, FOUR_RANKS, LATER, REPLICATED, TWO_RANKS, cases
 
 SOUND = [*TWO_RANKS, *FOUR_RANKS]
 FAULTY = [name for world in (2, 4) for name in cases(world) if "!" in name]
@@ -50,6 +50,10 @@ def test_a_wrong_step_is_found(name: str, comparisons: dict[str, Lines]) -> None
         kinds = {what for what, line in lines.items() if CLASSES[fault].removesuffix(".weight") in line["worst"]}
         assert wrong.keys() == {what for what in kinds if what.startswith("gradient ")} | {"gradient norm"}
         assert all(abs(value - 0.01) < 1e-3 for what, value in wrong.items() if what != "gradient norm")
+    elif fault in REPLICATED:
+        apart = {"gradient norm", "updated weights", "copies on several ranks"}
+        assert wrong.keys() - apart == {f"gradient {kind}" for kind in REPLICATED[fault]}
+        assert "copies on several ranks" in wrong
     elif fault in LATER:
         assert wrong and all(what.startswith("step 2: ") for what in wrong)
         assert ("step 2: learning rate" in wrong) == (fault == "schedule")

@@ -35,7 +35,8 @@ MODELS = {
     "plain": MODEL,
     "tied": replace(MODEL, tied_head=True),
     "recompute": replace(MODEL, recompute=True),
-    "grouped": replace(MODEL, num_heads=8, num_kv_heads=4),  # heads for tp 4
+    # Every bias and norm that a layer may have, and heads for tp 4.
+    "biases": replace(tiny.BIASES, num_layers=4, max_length=80, num_heads=8, num_kv_heads=4),
 }
 OPTIM = OptimConfig(lr=1e-3, weight_decay=0.1)
 ALL_TERMS = AlgorithmConfig(entropy_coef=0.01)
@@ -82,10 +83,10 @@ DP, UNBALANCED = ParallelConfig(), ParallelConfig(balance=False)
 DISTRIBUTED = ParallelConfig(distributed_optimizer=True)
 TP_PP, SP_VPP = replace(TP, pp=2), replace(SP, pp=2, vpp=2)
 TWO_RANKS = {
-    **{name: Case(layout) for name, layout in (("tp", TP), ("sp", SP), ("pp", PP), ("vpp", VPP), ("dp", DP))},
+    **{name: Case(layout, "biases") for name, layout in (("tp", TP), ("sp", SP), ("pp", PP), ("vpp", VPP), ("dp", DP))},
     "dp_silent": Case(UNBALANCED),  # the second replica's groups have no token
     "dp_overlap": Case(replace(DP, overlap=True)),
-    "dp_distributed": Case(DISTRIBUTED),
+    "dp_distributed": Case(DISTRIBUTED, "biases"),
     "dp_distributed_overlap_silent": Case(replace(DISTRIBUTED, overlap=True, balance=False)),
     **{f"{name}_repeated": Case(layout, shares=False) for name, layout in (("sp", SP), ("dp_silent", UNBALANCED))},
     "tp_tied": Case(SP, "tied"),
@@ -112,11 +113,11 @@ TWO_RANKS = {
 }
 FOUR_RANKS = {
     "tp_pp": Case(TP_PP),
-    "sp_vpp": Case(SP_VPP),
+    "sp_vpp": Case(SP_VPP, "biases"),
     "sp_vpp_sequence": Case(SP_VPP, "recompute", "sequence", shuffle=True),
-    "sp_dp": Case(replace(SP, distributed_optimizer=True, overlap=True)),
+    "sp_dp": Case(replace(SP, distributed_optimizer=True, overlap=True), "biases"),
     "pp_dp_silent": Case(replace(VPP, distributed_optimizer=True, balance=False), "tied", "token"),
-    "tp4_sp": Case(ParallelConfig(tp=4, sp=True), "grouped"),  # the last shard of the vocabulary is padding alone
+    "tp4_sp": Case(ParallelConfig(tp=4, sp=True), "biases"),  # the last shard of the vocabulary is padding alone
     "dp4_silent": Case(replace(DISTRIBUTED, balance=False), algorithm="idle"),
 }
 CLASSES = {
@@ -125,14 +126,19 @@ CLASSES = {
     "head": "output_layer",
     "projection": "decoder.layers.1.self_attention.linear_proj.weight",
 }
+REPLICATED = {
+    "norm_parts": ("self_attention.q_layernorm", "self_attention.k_layernorm"),
+    "bias_parts": ("self_attention.linear_proj.bias", "mlp.linear_fc2.bias"),
+}
+"""Gradients of weights that tensor-parallel ranks hold alike, and each computes a part of."""
 ANYWHERE = ("divided", "idle", "rate")
 """Faults of the whole step, in any layout alike."""
 LATER = ("moments", "schedule")
 """Faults that show from the second optimizer step on."""
 FAULTY: dict[int, dict[str, tuple[ParallelConfig, tuple[str, ...]]]] = {
     2: {
-        "tp": (TP, ("rank", "positions", *CLASSES)),
-        "sp": (SP, ("rank",)),
+        "tp": (TP, ("rank", "positions", "norm_parts", *CLASSES)),
+        "sp": (SP, ("rank", "bias_parts")),
         "pp": (PP, ("rank", *CLASSES, *ANYWHERE)),
         "vpp": (VPP, ("rank",)),
         "dp": (DP, ("rank", "share")),
@@ -147,7 +153,7 @@ def cases(world: int) -> dict[str, Case]:
     """List what is to pass on this many ranks, and what is not."""
     sound = {2: TWO_RANKS, 4: FOUR_RANKS}[world]
     faulty = {
-        f"{name}!{fault}": Case(layout, fault=fault, max_tokens=WHOLE)
+        f"{name}!{fault}": Case(layout, "biases" if fault in REPLICATED else "plain", fault=fault, max_tokens=WHOLE)
         for name, (layout, faults) in FAULTY[world].items()
         for fault in faults
     }
@@ -165,10 +171,17 @@ class Tampering(TrainableModel):
         """Put the fault into the gradient.
 
         `divided`: the mean over micro-batches. `positions`: a token's place in the buffer, which is right up to a
-        constant unless a prompt is shared. Otherwise something of the gradient is 1 % too large: `share`, rank 1's own,
-        before it is summed over replicas; `rank`, rank 1's, afterwards; or that of a class of weights.
+        constant unless a prompt is shared. `norm_parts`, `bias_parts`: Megatron is not told to sum these gradients of
+        `REPLICATED`. Otherwise something of the gradient is 1 % too large: `share`, rank 1's own, before it is summed
+        over replicas; `rank`, rank 1's, afterwards; or that of a class of weights.
         """
         second = self.parallel.rank == 1
+        if self.fault == "norm_parts":
+            self.chunks[0].config.qk_layernorm = False
+        if self.fault == "bias_parts":
+            for name, parameter in weights.named_weights(self.chunks):
+                if name.endswith(".bias"):
+                    parameter.sequence_parallel = False
         if self.fault == "positions":
             micro_batches = [replace(batch, position_N=torch.arange(len(batch.token_N))) for batch in micro_batches]
 

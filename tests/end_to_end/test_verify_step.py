@@ -32,8 +32,9 @@ def lines(output: str) -> list[str]:
 
 
 def test_a_synthetic_step_on_two_ranks(tmp_path: Path) -> None:
+    choices = ("qkv_bias", "output_bias", "mlp_bias", "qk_norm")
     result = torchrun(2, "-m", "dsm_train", "verify-step", *BATCH, "--synthetic", "parallel.tp=2", "--parallel.sp",
-                      "layers=1", f"run.out={tmp_path}")  # fmt: skip
+                      *(f"--model.{choice}" for choice in choices), "layers=1", f"run.out={tmp_path}")  # fmt: skip
     assert result.returncode == 0, result.stderr
     assert result.stdout.split()[:3] == ["tp2-sp", "one", "rank"]
     shown = lines(result.stdout)
@@ -41,6 +42,7 @@ def test_a_synthetic_step_on_two_ranks(tmp_path: Path) -> None:
         "old log-probability", "reference log-probability",
         "loss", "gradient norm", "gradient embedding.word_embeddings",
     ]  # fmt: skip
+    assert {"gradient self_attention.q_layernorm", "gradient mlp.linear_fc2.bias"} <= set(shown)
     assert shown[-3:] == ["learning rate", "updated weights", "copies on several ranks"]
     assert "layers.0." in result.stdout and "layers.1." not in result.stdout  # the first layer alone
     assert "32 responses, 1" in result.stdout and "clipped 0.0%" not in result.stdout
