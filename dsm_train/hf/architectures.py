@@ -147,7 +147,9 @@ def check_window(architecture: Architecture, values: Mapping[str, Any]) -> None:
         others = sorted({str(kind) for kind in types if kind != "full_attention"})
         if others:
             raise ValueError(f"asks for layer_types with {', '.join(others)}, and attention here is full_attention")
-    elif get("use_sliding_window") and window is not None and get("max_window_layers") < get("num_hidden_layers"):
+        return
+    first = get("max_window_layers")
+    if get("use_sliding_window") and window is not None and (first is None or first < get("num_hidden_layers", 0)):
         raise ValueError(
             f"asks for use_sliding_window = true (sliding_window = {window}), and attention here sees all tokens "
             "before: set it to false if no sequence is longer"

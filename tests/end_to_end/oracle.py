@@ -19,11 +19,9 @@ from algorithm_1 import PAPERS, Recipe, Response, train
 from commands import TINY, metrics, run, run_on_ranks, torchrun, write_sevens
 from matplotlib.figure import Figure
 from safetensors.torch import load_file
-from tiny import llama, llama_names
 from tokenizers import Tokenizer
 from torch import Tensor
-
-from dsm_train.config import ModelConfig
+from transformers import AutoModelForCausalLM
 
 STAGES = 3
 SMALL = (
@@ -135,8 +133,7 @@ def recipe(config: Mapping[str, Any], vocabulary: int) -> Recipe:
 
 def differences(start: Start, result: Trained) -> dict[str, float]:
     """Distance of the run from Algorithm 1, in tolerances, by name of what differs; {}: nothing does."""
-    model = ModelConfig(**result.config["model"])
-    policy = llama(model, load_file(start.weights / "model.safetensors"), torch.float64)
+    policy = AutoModelForCausalLM.from_pretrained(start.weights, dtype=torch.float64, attn_implementation="eager")
     vocabulary = Tokenizer.from_file(str(start.weights / "tokenizer.json")).get_vocab_size()
     asked = recipe(result.config, vocabulary)
     names = ("group", "prompt_token", "response_token", "reward")
@@ -154,10 +151,8 @@ def differences(start: Start, result: Trained) -> dict[str, float]:
         ]
         for name, distance in distances:
             away[name] = _larger(away.get(name, 0.0), distance)
-    full = llama_names(model, result.weights)
     for name, weight in policy.named_parameters():
-        rows = min(len(full[name]), len(weight))  # some layouts pad the vocabulary more than others
-        distance = _largest(full[name][:rows] - weight[:rows].detach()) / (UPDATE * asked.lr)
+        distance = _largest(result.weights[name] - weight.detach()) / (UPDATE * asked.lr)
         away["weights"] = _larger(away.get("weights", 0.0), distance)
     return {name: distance for name, distance in away.items() if not distance <= 1}
 

@@ -162,13 +162,17 @@ def test_a_read_only_output_folder(tmp_path: Path, capsys: Capsys) -> None:
 
 def test_weights_that_are_not_there(tmp_path: Path, capsys: Capsys) -> None:
     line = refused(capsys, "eval", f"run.out={tmp_path / 'run'}", f"run.init={tmp_path / 'nowhere'}")
-    assert "run.init" in line and "nowhere" in line and "a stage of this trainer" in line
+    assert "run.init" in line and "nowhere is no folder" in line and "a Hugging Face model" in line
     assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(
     ("damage", "words"),
-    [("model.safetensors", ["model.safetensors"]), ("model.json", ["model.json"]), ("tokenizer.json", ["tokenizer"])],
+    [
+        ("model.safetensors", ["run.init", "model.safetensors"]),
+        ("config.json", ["run.init", "config.json", "JSON"]),
+        ("tokenizer.json", ["tokenizer"]),
+    ],
 )
 def test_damaged_weights(damage: str, words: list[str], tmp_path: Path, capsys: Capsys) -> None:
     run("sft", *TINY, f"run.out={tmp_path / 'sft'}", "sft.steps=1", "sampling.max_new_tokens=5")

@@ -41,7 +41,8 @@ def test_a_run_leaves_everything_to_look_at(first_run: tuple[Path, subprocess.Co
     assert list(report["pass_at_k"]) == ["1", "2"]
     assert (out / "curve.png").read_bytes().startswith(b"\x89PNG")
     assert sorted(path.name for path in (out / "weights").iterdir()) == [
-        "model.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json",
+        "config.json", "dsm.json", "generation_config.json", "model.safetensors", "tokenizer.json",
+        "tokenizer_config.json",
     ]  # fmt: skip
     samples = [json.loads(line) for line in (out / "samples.jsonl").read_text().splitlines()]
     assert [sample["step"] for sample in samples] == [1] * 4 + [2] * 4

@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import tiny
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
 from torch import Tensor
 
 from dsm_train.config import ModelConfig
-from dsm_train.data.tokenizer import train_tokenizer
 from dsm_train.megatron import weights
 from dsm_train.megatron.heads import HeadSpec
 from dsm_train.megatron.model import HiddenGPTModel, build_model
 from dsm_train.megatron.parallel import Parallel
+from dsm_train.megatron.weights import ModelSpec
 
 
 def initialised(layout: Parallel, config: ModelConfig = tiny.MODEL, seed: int = 0) -> dict[str, Tensor]:
@@ -120,33 +121,74 @@ def test_names_do_not_depend_on_the_layers_that_serve(layout: Parallel) -> None:
 @pytest.mark.parametrize("config", [tiny.MODEL, tiny.tied(tiny.BIASES)], ids=["untied", "tied, with all choices"])
 def test_saved_weights_come_back(config: ModelConfig, layout: Parallel, tmp_path: Path) -> None:
     written = tiny.chunks(layout, config)
-    weights.save_weights(tmp_path / "w", written, config, layout)
-    assert sorted(path.name for path in (tmp_path / "w").iterdir()) == ["model.json", "model.safetensors"]
-    assert weights.saved_model(tmp_path / "w", ModelConfig()) == replace(config, max_length=ModelConfig().max_length)
+    weights.save_weights(tmp_path, written, config, layout, torch.float32)
+    assert [path.name for path in tmp_path.iterdir()] == ["model.safetensors"]
     read = tiny.chunks(layout, config, seed=1)
-    weights.load_weights(tmp_path / "w", read, layout)
-    assert equal(tiny.full_weights(read), tiny.full_weights(written))
+    weights.load_weights(tmp_path, read, config, layout)
+    for name, value in tiny.full_weights(written).items():
+        rows = tiny.VOCAB if name in weights.VOCABULARY_WEIGHTS else len(value)  # padding is not written
+        assert torch.equal(tiny.full_weights(read)[name][:rows], value[:rows])
 
 
-def test_how_to_run_is_not_what_was_saved(layout: Parallel, tmp_path: Path) -> None:
-    """What the weights do not determine is taken from this run's configuration."""
-    weights.save_weights(tmp_path, tiny.chunks(layout), tiny.MODEL, layout)
-    asked = ModelConfig(layers="local", dtype="bf16", recompute=True, vocab_multiple=8, max_length=7)
-    assert weights.saved_model(tmp_path, asked) == replace(
-        tiny.MODEL, layers="local", dtype="bf16", recompute=True, vocab_multiple=8, max_length=7
-    )
+def test_padding_of_the_vocabulary_is_not_written_and_read_as_zeros(layout: Parallel, tmp_path: Path) -> None:
+    weights.save_weights(tmp_path, tiny.chunks(layout), tiny.MODEL, layout, torch.float32)
+    with safe_open(tmp_path / "model.safetensors", framework="pt") as file:
+        assert file.get_slice("model.embed_tokens.weight").get_shape() == [tiny.VOCAB, 32]
+    for multiple in (1, 40):  # no padding, and 30 rows of it
+        config = replace(tiny.MODEL, vocab_multiple=multiple)
+        read = build_model(config, tiny.HEAD, layout)
+        weights.load_weights(tmp_path, read, config, layout)
+        for name in weights.VOCABULARY_WEIGHTS:
+            value = tiny.full_weights(read)[name]
+            assert len(value) == {1: 50, 40: 80}[multiple] and not value[50:].any() and value[:50].any(1).all()
 
 
-@pytest.mark.parametrize("padded", [56, 128])  # fewer and more rows than the 64 that were saved
-def test_the_vocabulary_may_be_padded_differently(padded: int, layout: Parallel, tmp_path: Path) -> None:
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_weights_are_written_in_the_type_asked_for(dtype: torch.dtype, layout: Parallel, tmp_path: Path) -> None:
     written = tiny.chunks(layout)
-    weights.save_weights(tmp_path, written, tiny.MODEL, layout)
-    read = build_model(replace(tiny.MODEL, vocab_multiple=8), HeadSpec(padded), layout)
-    weights.load_weights(tmp_path, read, layout)
-    for name in ("embedding.word_embeddings.weight", "output_layer.weight"):
-        old, new = tiny.full_weights(written)[name], tiny.full_weights(read)[name]
-        assert torch.equal(new[:56], old[:56]) and new.shape[0] == padded
-        assert not new[64:].any()
+    weights.save_weights(tmp_path, written, tiny.MODEL, layout, dtype)
+    stored = load_file(tmp_path / "model.safetensors")
+    assert {tensor.dtype for tensor in stored.values()} == {dtype}
+    expected = tiny.full_weights(written)["decoder.layers.1.mlp.linear_fc2.weight"]
+    assert torch.equal(stored["model.layers.1.mlp.down_proj.weight"], expected.to(dtype))
+    read = tiny.chunks(layout, seed=1)
+    weights.load_weights(tmp_path, read, tiny.MODEL, layout)
+    assert torch.equal(tiny.full_weights(read)["decoder.layers.1.mlp.linear_fc2.weight"], expected.to(dtype).float())
+
+
+def test_a_value_head_starts_at_0_on_weights_without_one_and_comes_back(layout: Parallel, tmp_path: Path) -> None:
+    language = tiny.chunks(layout)
+    weights.save_weights(tmp_path, language, tiny.MODEL, layout, torch.float32)
+    spec = ModelSpec(tiny.MODEL, HeadSpec(tiny.VOCAB, "value"), tmp_path)
+    critic = spec.chunks(layout)
+    head = tiny.full_weights(critic)["value_head.weight"]
+    assert head.shape == (1, 32) and not head.any()
+    with torch.no_grad():
+        critic[0].output_layer.weight.copy_(torch.arange(32.0))
+    (tmp_path / "critic").mkdir()
+    weights.save_weights(tmp_path / "critic", critic, tiny.MODEL, layout, torch.float32, "value")
+    again = replace(spec, init=tmp_path / "critic").chunks(layout)
+    assert torch.equal(tiny.full_weights(again)["value_head.weight"], torch.arange(32.0)[None])
+    assert "lm_head.weight" not in load_file(tmp_path / "critic" / "model.safetensors")
+
+
+def test_weights_of_another_model_raise(layout: Parallel, tmp_path: Path) -> None:
+    weights.save_weights(tmp_path, tiny.chunks(layout), tiny.MODEL, layout, torch.float32)
+    for config, words in (
+        (replace(tiny.MODEL, ffn_size=64), r"gate_proj.weight in .* has shape \[48, 32\], the model \[64, 32\]"),
+        (replace(tiny.MODEL, num_layers=3), "has no weight model.layers.2.input_layernorm.weight"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            weights.load_weights(tmp_path, build_model(config, tiny.HEAD, layout), config, layout)
+
+
+def test_a_model_of_the_first_layers_reads_those_alone(layout: Parallel, tmp_path: Path) -> None:
+    written, config = tiny.chunks(layout), replace(tiny.MODEL, num_layers=1)
+    weights.save_weights(tmp_path, written, tiny.MODEL, layout, torch.float32)
+    read = build_model(config, tiny.HEAD, layout)
+    weights.load_weights(tmp_path, read, config, layout)
+    name = "decoder.layers.0.self_attention.linear_qkv.weight"
+    assert torch.equal(tiny.full_weights(read)[name], tiny.full_weights(written)[name])
 
 
 def test_copies_are_independent(layout: Parallel) -> None:
@@ -160,28 +202,6 @@ def test_copies_are_independent(layout: Parallel) -> None:
     assert equal(before, tiny.full_weights(target))
 
 
-def test_a_folder_without_weights_raises(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"run.init: .*nowhere holds no model.safetensors"):
-        weights.saved_model(tmp_path / "nowhere", ModelConfig())
-
-
-@pytest.mark.parametrize("text", ["{", "[]", '{"num_layer": 2}'], ids=["not JSON", "no object", "unknown field"])
-def test_a_damaged_description_raises(text: str, tmp_path: Path) -> None:
-    (tmp_path / "model.safetensors").touch()
-    (tmp_path / "model.json").write_text(text)
-    with pytest.raises(ValueError, match=r"run.init: .*model.json"):
-        weights.saved_model(tmp_path, ModelConfig())
-
-
-def test_weights_of_another_model_raise(layout: Parallel, tmp_path: Path) -> None:
-    weights.save_weights(tmp_path, tiny.chunks(layout), tiny.MODEL, layout)
-    wider = replace(tiny.MODEL, ffn_size=64)
-    with pytest.raises(ValueError, match=r"shape \[96, 32\], the model \[128, 32\]"):
-        weights.load_weights(tmp_path, build_model(wider, HeadSpec(64), layout), layout)
-    with pytest.raises(ValueError, match="has no weight decoder.layers.2"):
-        weights.load_weights(tmp_path, build_model(replace(tiny.MODEL, num_layers=3), HeadSpec(64), layout), layout)
-
-
 def test_what_is_gathered_does_not_change_with_the_weights(layout: Parallel) -> None:
     built = tiny.chunks(layout)
     gathered = weights.gather_full(built, layout)
@@ -191,35 +211,3 @@ def test_what_is_gathered_does_not_change_with_the_weights(layout: Parallel) -> 
             parameter.add_(1)
     assert gathered.keys() == expected.keys()
     assert all(torch.equal(gathered[name], value) for name, value in expected.items())
-
-
-def test_the_description_is_plain_json(layout: Parallel, tmp_path: Path) -> None:
-    weights.save_weights(tmp_path, tiny.chunks(layout), tiny.MODEL, layout)
-    assert json.loads((tmp_path / "model.json").read_text())["num_kv_heads"] == 2
-
-
-def test_what_the_weights_decide_is_not_asked_for_otherwise(tmp_path: Path) -> None:
-    saved, asked = tiny.MODEL, replace(tiny.MODEL, num_layers=7, dtype="bf16", max_length=9)
-    weights.check_model(tmp_path, saved, asked, {})  # the default of a key that nobody set
-    weights.check_model(tmp_path, saved, asked, {"model.dtype": "", "model.max_length": "", "model.hidden_size": ""})
-    with pytest.raises(ValueError, match=r"^x.yaml:3: model.num_layers = 7, and the weights of run.init = .* have 2"):
-        weights.check_model(tmp_path, saved, asked, {"model.num_layers": "x.yaml:3: "})
-
-
-def test_weights_know_the_tokenizer_that_they_were_trained_with(layout: Parallel, tmp_path: Path) -> None:
-    """Another tokenizer of the same size would score garbage without a word."""
-    tokenizer, other = (train_tokenizer([text], 262) for text in ("ab ab ab ab", "xy xy xy xy"))
-    assert tokenizer.vocab_size == other.vocab_size
-    built = build_model(tiny.MODEL, HeadSpec(tokenizer.vocab_size), layout)
-    weights.save_weights(tmp_path, built, tiny.MODEL, layout, tokenizer)
-    weights.check_tokenizer(tmp_path, tokenizer)
-    assert weights.saved_model(tmp_path, tiny.MODEL) == tiny.MODEL
-    with pytest.raises(ValueError, match="was trained with another tokenizer .* use the tokenizer that lies beside"):
-        weights.check_tokenizer(tmp_path, other)
-
-
-def test_the_longest_sequence_is_that_of_the_weights_unless_it_is_given(layout: Parallel, tmp_path: Path) -> None:
-    weights.save_weights(tmp_path, tiny.chunks(layout), tiny.MODEL, layout)
-    asked = replace(tiny.MODEL, max_length=1000)
-    assert weights.saved_model(tmp_path, asked, given=()).max_length == tiny.MODEL.max_length
-    assert weights.saved_model(tmp_path, asked, given=("model.max_length",)).max_length == 1000
