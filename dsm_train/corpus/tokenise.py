@@ -133,7 +133,7 @@ class _Encode:
 
     def load(self) -> Tokenizer:
         """The tokenizer, for which "<eos>" in a page is text like any other."""
-        return load_tokenizer(self.tokenizer.path, eos_token=self.tokenizer.eos_token).all_text()  # type: ignore[arg-type]
+        return load_tokenizer(self.tokenizer.path, eos_token=self.tokenizer.eos_token)  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from dsm_train.data.arithmetic import arithmetic_tasks, count_tasks
 from dsm_train.data.config import DataConfig
-from dsm_train.data.format import Format, PlainFormat
+from dsm_train.data.format import ChatFormat, Format, PlainFormat
 from dsm_train.data.jsonl import read_jsonl
 from dsm_train.data.tasks import Task
 from dsm_train.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
@@ -113,8 +113,12 @@ def make_tokenizer(config: DataConfig, init: Path | None, tasks: Sequence[Task])
 
 
 def make_format(config: DataConfig, tokenizer: Tokenizer) -> Format:
-    """Choose the form in which the model is asked."""
-    return PlainFormat(tokenizer, config.template)
+    """Choose the form in which the model is asked; raises `ValueError` for a chat template that cannot render it."""
+    if not config.chat:
+        return PlainFormat(tokenizer, config.template)
+    chat = ChatFormat(tokenizer, config.template, config.system)
+    chat.check()
+    return chat
 
 
 def repetition_note(tasks: Sequence[Task], prompts_per_step: int) -> str | None:

@@ -1,24 +1,29 @@
-"""Text to token ids and back: a small tokenizer trained here, or one from a Hugging Face folder.
-
-Prompt and solution are always encoded apart and their ids joined. Encoding the joined text could merge across the
-boundary, and training would then see ids that no rollout, which continues the prompt's own ids, ever produces.
-"""
+"""Text to token ids and back: a small tokenizer trained here, or one from a Hugging Face folder."""
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
+from dsm_train.data.special import Escape, SpecialTokens
+from dsm_train.data.tasks import Message
+
 PAD, EOS = "<pad>", "<eos>"
 _CONFIG = "tokenizer_config.json"
+_FILES = (
+    *("tokenizer.json", _CONFIG, "special_tokens_map.json", "added_tokens.json", "chat_template.json"),
+    *("chat_template.jinja", "additional_chat_templates/*.jinja", "vocab.json", "merges.txt", "vocab.txt"),
+    *("tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "tiktoken.model", "tekken.json"),
+)
+"""Files of a tokenizer in a Hugging Face folder."""
 # The trainer takes quadratic time in a piece (a run of letters, of blanks, of other characters): longer runs are cut.
 _LONGEST_PIECE = 256
 _LONG_RUN = re.compile(rf"[^\W\d_]{{{_LONGEST_PIECE}}}|(?:[^\w\s]|_){{{_LONGEST_PIECE}}}|\s{{{_LONGEST_PIECE}}}")
@@ -27,21 +32,46 @@ _LONG_RUN = re.compile(rf"[^\W\d_]{{{_LONGEST_PIECE}}}|(?:[^\w\s]|_){{{_LONGEST_
 class Tokenizer:
     """A `tokenizers` tokenizer with the ids that training needs.
 
-    `encode` adds no token of its own, neither at the start nor at the end. `decode` leaves special tokens out.
-    For a tokenizer trained here `decode(encode(text)) == text` for every text, "<eos>" spelled out included: text
-    never turns into a special token. One from Hugging Face does recognise its special tokens in text, since prompt
-    templates are written with them.
+    No text turns into a special token: for a tokenizer trained here `decode(encode(text)) == text` for every text,
+    "<eos>" spelled out included. Templates are written with special tokens, and `escape` tells these from the texts
+    that they wrap. Nothing is added, neither at the start (`bos_ids`) nor at the end (`eos_id`).
     """
 
-    def __init__(self, backend: tokenizers.Tokenizer, eos_id: int, pad_id: int, pretrained: Any = None) -> None:
-        """Wrap `backend`; `pretrained` is the transformers tokenizer it came from, which knows how to save itself."""
-        self._backend = backend
-        self._pretrained = pretrained
+    def __init__(
+        self,
+        backend: tokenizers.Tokenizer,
+        eos_id: int,
+        pad_id: int,
+        stop_ids: Collection[int] = (),
+        files: Mapping[str, bytes] | None = None,
+        pretrained: Any = None,
+    ) -> None:
+        """Wrap `backend`.
+
+        stop_ids: tokens that end a response, beside `eos_id`. files: those it was read from, which saving writes again.
+        pretrained: the transformers tokenizer it came from, which renders chat templates.
+        """
+        self._backend, self._pretrained = backend, pretrained
+        self._files = dict(files or {})
         self.eos_id = eos_id
         self.pad_id = pad_id
+        self.stop_ids = tuple(sorted({eos_id, *stop_ids}))
+        """Tokens that end a response."""
         self.vocab_size = 1 + max(backend.get_vocab(with_added_tokens=True).values())
         """Rows that the embedding needs: one above the largest id, since ids may have gaps."""
-        backend.encode_special_tokens = pretrained is None
+        added = backend.get_added_tokens_decoder()
+        self._special_ids = {eos_id, pad_id, *(id_ for id_, token in added.items() if token.special)}
+        self._special_ids.update(id_ for id_ in stop_ids if id_ in added)
+
+    @cached_property
+    def _special(self) -> SpecialTokens:
+        return SpecialTokens(self._backend, {self.token(id_) for id_ in self._special_ids})
+
+    @cached_property
+    def bos_ids(self) -> list[int]:
+        """Tokens that the model expects in front of a text: those that the tokenizer puts there by itself."""
+        encoding = self._backend.encode("a", add_special_tokens=True)
+        return encoding.ids[: [*encoding.special_tokens_mask, 0].index(0)]
 
     def fingerprint(self) -> str:
         """Hash what each id means (every token with its id, and the one that ends a text), to be kept with the weights.
@@ -51,35 +81,76 @@ class Tokenizer:
         vocabulary = sorted(self._backend.get_vocab(with_added_tokens=True).items())
         return hashlib.sha256(json.dumps([vocabulary, self.eos_id]).encode()).hexdigest()[:16]
 
-    def all_text(self) -> Tokenizer:
-        """Copy the tokenizer for texts of unknown origin: what spells a special token is text like any other."""
-        backend = copy.deepcopy(self._backend)
-        tokenizer = Tokenizer(backend, self.eos_id, self.pad_id, self._pretrained)
-        backend.encode_special_tokens = True
-        return tokenizer
-
     def encode(self, text: str) -> list[int]:
-        """Turn a text into token ids."""
-        return self._backend.encode(text, add_special_tokens=False).ids
+        """Turn a text into token ids; what spells a special token is text like any other."""
+        return self._special.encode(text).ids
+
+    def escape(self, texts: Iterable[str]) -> Escape:
+        """Prepare to hide texts from the special tokens of the template that wraps them."""
+        return self._special.escape(texts)
+
+    def encode_pair(self, before: str, after: str, escape: Escape) -> tuple[list[int], list[int]]:
+        """Encode the two parts of a rendered template, the first as `escape.encode` does, and the second behind it.
+
+        Training then sees the ids that a rollout, which continues the first part's own ids, could produce. They are
+        those of the whole, unless one of its tokens lies across the boundary.
+        """
+        ids = escape.encode(before).ids
+        # Next to other characters `after` still gets no blank before it, as some tokenizers begin a text.
+        for context in (before, "\n", ":"):
+            whole, head = escape.encode(context, after), escape.encode(context).ids
+            size, length = len(head), len(escape.named(context))
+            if whole.ids[:size] == head and all(end <= length for _, end in whole.offsets[:size]):
+                return ids, whole.ids[size:]
+        return ids, escape.encode(after).ids
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Turn token ids into text; bytes that are no UTF-8 become U+FFFD."""
-        return self._backend.decode(list(ids), skip_special_tokens=True)
+        """Turn token ids into text, without special tokens; bytes that are no UTF-8 become U+FFFD."""
+        return self._backend.decode([id_ for id_ in ids if id_ not in self._special_ids], skip_special_tokens=True)
+
+    def decode_all(self, ids: Sequence[int]) -> str:
+        """Turn token ids into text with the special tokens in it, for people."""
+        return self._backend.decode(list(ids), skip_special_tokens=False)
+
+    def token(self, id_: int) -> str:
+        """Spell one token."""
+        token = self._backend.id_to_token(id_)
+        assert token is not None, id_
+        return token
+
+    @property
+    def has_chat_template(self) -> bool:
+        """Say whether conversations can be rendered."""
+        return self._pretrained is not None and self._pretrained.chat_template is not None
+
+    def render(self, messages: Sequence[Message], *, ask: bool) -> str:
+        """Render a conversation through the model's own chat template.
+
+        ask: end where the assistant's next turn begins. Raises `ValueError` with the template's own words where it
+        refuses the conversation.
+        """
+        conversation = [{"role": message.role, "content": message.content} for message in messages]
+        try:
+            return self._pretrained.apply_chat_template(conversation, add_generation_prompt=ask, tokenize=False)
+        except Exception as error:  # a template is a program, and may fail in any way
+            raise ValueError(f"the chat template refuses it: {' '.join(str(error).split())}") from error
 
     def save(self, folder: str | Path) -> None:
-        """Write a folder that `load_tokenizer` and `transformers.AutoTokenizer` both read."""
+        """Write a folder that `load_tokenizer` and `transformers.AutoTokenizer` both read: the files it came from."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        if self._pretrained is not None:
-            self._pretrained.save_pretrained(folder)
-            return
-        self._backend.save(str(folder / "tokenizer.json"))
-        config = {
-            "tokenizer_class": "PreTrainedTokenizerFast",
-            "eos_token": self._backend.id_to_token(self.eos_id),
-            "pad_token": self._backend.id_to_token(self.pad_id),
-        }
-        (folder / _CONFIG).write_text(json.dumps(config, indent=2))
+        for name, content in self._files.items():
+            (folder / name).parent.mkdir(exist_ok=True)
+            (folder / name).write_bytes(content)
+        if not self._files:
+            self._backend.save(str(folder / "tokenizer.json"))
+        if _CONFIG not in self._files and self._pretrained is None:
+            config = {
+                "tokenizer_class": "PreTrainedTokenizerFast",
+                "eos_token": self.token(self.eos_id),
+                "pad_token": self.token(self.pad_id),
+            }
+            (folder / _CONFIG).write_text(json.dumps(config, indent=2))
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
@@ -116,26 +187,53 @@ def load_tokenizer(path: str | Path, *, eos_token: str | None = None) -> Tokeniz
     """Load a folder that `Tokenizer.save` wrote, a Hugging Face folder, or a bare tokenizer.json.
 
     A bare tokenizer.json does not say which token ends a text: it must hold "<eos>", or `eos_token` must name it.
-    Without a pad token the end token pads. Nothing is downloaded. Raises ValueError where there is no tokenizer, or
-    no end token.
+    Without a pad token the end token pads. A response also ends at the eos_token_id of generation_config.json beside
+    the tokenizer, or else of config.json. Nothing is downloaded. Raises ValueError where there is no tokenizer, or no
+    end token, and for end tokens that it does not have.
     """
     path = Path(path)
     if path.is_file():
-        return _from_json(path, eos_token or EOS, PAD)
+        return _from_json(path, eos_token or EOS, PAD, {"tokenizer.json": path.read_bytes()})
     if not path.is_dir():
         raise ValueError(f"no tokenizer at {str(path)!r}: give a folder with tokenizer files, or a tokenizer.json")
-    config = path / _CONFIG
-    try:
-        names = json.loads(config.read_text(encoding="utf-8")) if config.is_file() else {}
-    except ValueError as error:
-        raise ValueError(f"{config} is not JSON ({error}): restore it") from error
+    found = sorted(file for pattern in _FILES for file in path.glob(pattern) if file.is_file())
+    files = {file.relative_to(path).as_posix(): file.read_bytes() for file in found}
+    names = _json(path / _CONFIG)
+    if eos_token is not None:
+        names["eos_token"] = eos_token
+        files[_CONFIG] = json.dumps(names, indent=2).encode()
     # With nothing but these keys tokenizer.json is the whole truth, as in our own folders: spare transformers' import.
     if names.keys() == {"tokenizer_class", "eos_token", "pad_token"} and isinstance(names["eos_token"], str):
-        return _from_json(path / "tokenizer.json", eos_token or names["eos_token"], names["pad_token"])
-    return _from_pretrained(path, eos_token)
+        return _from_json(path / "tokenizer.json", names["eos_token"], names["pad_token"], files)
+    return _from_pretrained(path, eos_token, files)
 
 
-def _from_json(path: Path, eos_token: str, pad_token: str) -> Tokenizer:
+def _json(path: Path) -> dict[str, Any]:
+    """Read a JSON object; an empty one where there is no file."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON ({error}): restore it") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} must hold a JSON object: restore it")
+    return content
+
+
+def _stop_ids(folder: Path, backend: tokenizers.Tokenizer) -> list[int]:
+    """Read the tokens that end a response, from the files that transformers' `generate` reads them from."""
+    for name in ("generation_config.json", "config.json"):
+        value = _json(folder / name).get("eos_token_id")
+        if value is None:
+            continue
+        ids = value if isinstance(value, list) else [value]
+        for id_ in ids:
+            if type(id_) is not int or id_ < 0 or backend.id_to_token(id_) is None:
+                raise ValueError(f"{folder / name}: eos_token_id = {id_!r} is no token of the tokenizer: correct it")
+        return ids
+    return []
+
+
+def _from_json(path: Path, eos_token: str, pad_token: str, files: Mapping[str, bytes]) -> Tokenizer:
     try:
         backend = tokenizers.Tokenizer.from_file(str(path))
     except Exception as error:  # tokenizers raises bare Exception
@@ -144,10 +242,10 @@ def _from_json(path: Path, eos_token: str, pad_token: str) -> Tokenizer:
     if eos_id is None:
         raise ValueError(f"{path} has no end token {eos_token!r}: name it (eos_token), or load its Hugging Face folder")
     pad_id = backend.token_to_id(pad_token)
-    return Tokenizer(backend, eos_id, eos_id if pad_id is None else pad_id)
+    return Tokenizer(backend, eos_id, eos_id if pad_id is None else pad_id, _stop_ids(path.parent, backend), files)
 
 
-def _from_pretrained(path: Path, eos_token: str | None) -> Tokenizer:
+def _from_pretrained(path: Path, eos_token: str | None, files: Mapping[str, bytes]) -> Tokenizer:
     from transformers import AutoTokenizer
 
     options = {} if eos_token is None else {"eos_token": eos_token}
@@ -161,4 +259,6 @@ def _from_pretrained(path: Path, eos_token: str | None) -> Tokenizer:
     eos_id, pad_id = pretrained.eos_token_id, pretrained.pad_token_id
     if eos_id is None:
         raise ValueError(f"the tokenizer in {str(path)!r} has no eos token: set eos_token in its {_CONFIG}")
-    return Tokenizer(pretrained.backend_tokenizer, eos_id, eos_id if pad_id is None else pad_id, pretrained)
+    backend = pretrained.backend_tokenizer
+    stop_ids = _stop_ids(path, backend)
+    return Tokenizer(backend, eos_id, eos_id if pad_id is None else pad_id, stop_ids, files, pretrained)

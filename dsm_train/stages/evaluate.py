@@ -24,7 +24,7 @@ def evaluate(config: EvaluateConfig) -> None:
     with start(config, "eval", questions, trains=False) as job:
         tokenizer, heldout = questions.tokenizer, questions.tasks.heldout
         model = Model.build(job.language_model(), job.parallel)
-        engine = EmbeddedEngine(model, [tokenizer.eos_id], config.run.seed)
+        engine = EmbeddedEngine(model, tokenizer.stop_ids, config.run.seed)
         evaluator = Evaluator(engine, tokenizer, questions.format, job.parallel, config.sampling, questions.grader)
         result: dict[str, Any] = {"tasks": len(heldout), "greedy_accuracy": evaluator.greedy_accuracy(heldout)}
         if config.eval.samples:
@@ -43,7 +43,7 @@ def generate(config: GenerateConfig) -> None:
         check_lengths(config, config.sampling, asked, questions.format)
     with start(config, "generate", questions, trains=False) as job:
         model = Model.build(job.language_model(), job.parallel)
-        engine = EmbeddedEngine(model, [tokenizer.eos_id], config.run.seed)
+        engine = EmbeddedEngine(model, tokenizer.stop_ids, config.run.seed)
         prompts = [Prompt(task.id, questions.format.prompt(task)) for task in asked]
         rollouts = engine.generate(prompts, config.num_samples, config.sampling, step=-1)
         bold, plain = ("\033[1m", "\033[0m") if sys.stdout.isatty() else ("", "")

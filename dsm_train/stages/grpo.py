@@ -36,7 +36,7 @@ def train_grpo(config: GrpoConfig) -> None:
             job.parallel,
             *((warmup.optim, warmup.steps) if warmup.steps else (config.optim, updates)),
         )
-        engine = EmbeddedEngine(policy, [tokenizer.eos_id], config.run.seed)
+        engine = EmbeddedEngine(policy, tokenizer.stop_ids, config.run.seed)
         evaluator = Evaluator(engine, tokenizer, questions.format, job.parallel, config.sampling, questions.grader)
         learnt: dict[str, Any] = {}
         if warmup.steps:

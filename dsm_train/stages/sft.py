@@ -37,7 +37,7 @@ def train_sft(config: SftConfig) -> None:
         tokenizer = questions.tokenizer
         spec = job.language_model()
         model = TrainableModel.build(spec, job.parallel, config.sft.optim, config.sft.steps)
-        engine = EmbeddedEngine(model, [tokenizer.eos_id], config.run.seed)
+        engine = EmbeddedEngine(model, tokenizer.stop_ids, config.run.seed)
         evaluator = Evaluator(engine, tokenizer, questions.format, job.parallel, config.sampling, questions.grader)
         supervise(job, questions, model, config.sft, evaluator)
         job.save(model, tokenizer)

@@ -64,9 +64,7 @@ class Features:
         )
         self._are_words = config.features == "words"
         # With words as features, the tokenizer still counts tokens for the budget.
-        self._tokens = tokenizer.path and _Tokens(
-            load_tokenizer(tokenizer.path, eos_token=tokenizer.eos_token).all_text()
-        )
+        self._tokens = tokenizer.path and _Tokens(load_tokenizer(tokenizer.path, eos_token=tokenizer.eos_token))
 
     def line(self, text: str) -> str:
         """Features of a text as fastText reads them: separated by spaces, on one line."""
