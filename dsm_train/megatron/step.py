@@ -183,6 +183,17 @@ class Model:
         return self.parallel.from_head(logprob_T)
 
 
+class Schedule(OptimizerParamScheduler):
+    """Megatron's schedules of the learning rate, and DeepSeek LLM's multistep (arXiv 2401.02954, section 2.3)."""
+
+    def get_lr(self, param_group: dict[str, Any]) -> float:
+        """Compute the learning rate of the next step."""
+        if self.lr_decay_style != "multistep" or self.num_steps < self.lr_warmup_steps:
+            return super().get_lr(param_group)
+        drops = sum(10 * self.num_steps >= tenths * self.lr_decay_steps for tenths in (8, 9))
+        return param_group.get("max_lr", self.max_lr) * (1.0, 0.316, 0.1)[drops]
+
+
 class TrainableModel(Model):
     """A model with gradient buffers, optimizer and learning-rate schedule."""
 
@@ -233,7 +244,7 @@ class TrainableModel(Model):
             use_gloo_process_groups=False,
             pg_collection=None,
         )
-        self.schedule = OptimizerParamScheduler(
+        self.schedule = Schedule(
             # From lr / (warmup_steps + 1) in equal steps to lr: a warm-up from 0 would lose its first step.
             self.optimizer,
             init_lr=optim.lr / (optim.warmup_steps + 1),

@@ -217,14 +217,24 @@ def test_the_update_is_adamws(clip_grad: float, layout: Parallel) -> None:
         (OptimConfig(lr=1.0, warmup_steps=2), [1 / 3, 2 / 3, 1.0, 1.0, 1.0, 1.0]),
         (OptimConfig(lr=1.0, min_lr=0.4, schedule="linear"), [1.0, 0.9, 0.8, 0.7, 0.6, 0.5]),
         (OptimConfig(lr=1.0, schedule="cosine"), [(1 + math.cos(math.pi * i / 6)) / 2 for i in range(6)]),
+        (OptimConfig(lr=1.0, schedule="multistep"), [1.0] * 8 + [0.316, 0.1]),
+        (OptimConfig(lr=1.0, warmup_steps=2, schedule="multistep"), [1 / 3, 2 / 3] + [1.0] * 6 + [0.316, 0.1]),
         (OptimConfig(lr=1.0, warmup_steps=2, schedule="linear"), [1 / 3, 2 / 3, 1.0, 0.75, 0.5, 0.25]),
     ],
-    ids=["constant", "warm-up", "linear to a minimum", "cosine", "warm-up and linear"],
+    ids=[
+        "constant",
+        "warm-up",
+        "linear to a minimum",
+        "cosine",
+        "multistep",
+        "warm-up and multistep",
+        "warm-up and linear",
+    ],
 )
 def test_learning_rates(optim: OptimConfig, expected: list[float], layout: Parallel) -> None:
-    policy = tiny.trainable(layout, optim=optim, steps=6)
+    policy = tiny.trainable(layout, optim=optim, steps=len(expected))
     rates = []
-    for _ in range(6):
+    for _ in expected:
         rates.append(policy.learning_rate)
         assert {group["lr"] for group in policy.optimizer.param_groups} == {policy.learning_rate}
         policy.schedule.step(increment=1)
