@@ -8,6 +8,7 @@ from __future__ import annotations
 from itertools import pairwise
 
 import torch
+from torch import Tensor
 
 from dsm_train.megatron.parallel import Parallel
 from dsm_train.packing.cost import Cost, cut_evenly
@@ -30,3 +31,14 @@ def balance(sequences: Sequences, rows: Rows, cost: Cost, parallel: Parallel) ->
     parts = [(sequences.take(index_S), rows.take(sequences.rows_of(index_S))) for index_S in mine]
     received = parallel.exchange_over_data(parts)
     return Sequences.concatenate([part for part, _ in received]), Rows.concatenate([part for _, part in received])
+
+
+def deal(cost: Cost, parallel: Parallel) -> Tensor:
+    """Index this replica's part of responses that every replica holds: a line cut evenly by cost, or dealt in turn.
+
+    A part may be empty.
+    """
+    if not parallel.config.balance:
+        return torch.arange(parallel.dp_rank, len(cost.own_S), parallel.dp_size)
+    cuts = cut_evenly(cost, parallel.dp_size)
+    return torch.arange(cuts[parallel.dp_rank], cuts[parallel.dp_rank + 1])

@@ -214,8 +214,9 @@ class OptimConfig:
     """Learning rate that the schedule decays to."""
     warmup_steps: int = 0
     """Optimizer steps of linear warm-up."""
-    schedule: Literal["constant", "linear", "cosine"] = "constant"
-    """Decay of the learning rate after warm-up, to the last step."""
+    schedule: Literal["constant", "linear", "cosine", "multistep"] = "constant"
+    """Learning rate after warm-up: constant; linear or cosine decay to min_lr at the last step; multistep (DeepSeek
+    LLM's): 31.6 % of lr from 80 % of all steps on, 10 % from 90 % on."""
     weight_decay: float = 0.0
     """Decoupled weight decay; none on norms and biases."""
     beta1: float = 0.9
@@ -230,17 +231,21 @@ class OptimConfig:
     def __post_init__(self) -> None:
         above(0, self, "lr", "eps")
         require(0 <= self.min_lr <= self.lr, "min_lr", f"between 0 and lr = {self.lr}", self.min_lr)
-        require(self.min_lr == 0 or self.schedule != "constant", "min_lr", "0 with schedule = constant", self.min_lr)
+        has_end = self.schedule in ("linear", "cosine")
+        require(self.min_lr == 0 or has_end, "min_lr", f"0 with schedule = {self.schedule}", self.min_lr)
         at_least(0, self, "warmup_steps", "weight_decay", "clip_grad")
         for name in ("beta1", "beta2"):
             require(0 <= getattr(self, name) < 1, name, "at least 0 and below 1", getattr(self, name))
 
 
-def check_warmup(optim: OptimConfig, updates: int, updates_are: str) -> None:
-    """Raise `ValueError` when the learning rate would never reach its peak: called by the one who has `optim`."""
+def check_warmup(optim: OptimConfig, updates: int, updates_are: str, section: str = "") -> None:
+    """Raise `ValueError` when the learning rate would never reach its peak: called by the one who has `optim`.
+
+    section: where `optim` stands, for a caller whose errors the loader does not see.
+    """
     require(
         optim.warmup_steps < updates,
-        "optim.warmup_steps",
+        f"{section}.optim.warmup_steps".removeprefix("."),
         f"below {updates_are} = {updates}, the number of updates, or lr is never reached",
         optim.warmup_steps,
     )
@@ -326,21 +331,27 @@ class RunConfig:
 
 @dataclass(frozen=True)
 class SftTraining:
-    """Supervised fine-tuning on worked solutions."""
+    """Supervised fine-tuning on worked solutions and conversations: the mean over the learnt tokens of each step."""
 
-    steps: int = 500
-    """Optimizer steps; 0 skips supervised training."""
+    steps: int | None = None
+    """Optimizer steps; none: those of epochs, else 500 in stage sft and no warm-up in stage grpo (as 0)."""
+    epochs: float | None = None
+    """Passes over the examples, in place of steps; the last step takes what is left."""
     examples: int | None = None
-    """Use this many of the training tasks, the first of the seeded order; none: all."""
-    batch: int = 256
-    """Examples per optimizer step, over all data-parallel ranks."""
+    """Train on this many examples, the first of the seeded order; none: all."""
+    batch: int | None = None
+    """Examples per optimizer step, over all data-parallel ranks; none: 256, unless batch_tokens is given."""
+    batch_tokens: int | None = None
+    """Tokens per optimizer step, over all data-parallel ranks, in place of batch: whole examples, up to so many."""
     prompt_loss: bool = False
-    """Learn to predict the prompt as well."""
+    """Learn to predict the prompt as well, and all other tokens that are given."""
     optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=5e-5))
     """Optimizer of supervised training."""
 
     def __post_init__(self) -> None:
         at_least(0, self, "steps")
-        at_least(1, self, "batch", "examples")
-        if self.steps:
-            check_warmup(self.optim, self.steps, "steps")
+        above(0, self, "epochs")
+        at_least(1, self, "batch", "batch_tokens", "examples")
+        for name, other in (("epochs", "steps"), ("batch_tokens", "batch")):
+            rule = f"left out beside {other} = {getattr(self, other)}, or {other} set to null"
+            require(None in (getattr(self, name), getattr(self, other)), name, rule, getattr(self, name))

@@ -84,7 +84,7 @@ class SftConfig(StageConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(self.sft.steps >= 1, "sft.steps", "at least 1", self.sft.steps)
+        require(self.sft.steps != 0, "sft.steps", "at least 1", self.sft.steps)
 
     @property
     def supervised(self) -> SftTraining | None:
@@ -96,8 +96,8 @@ class SftConfig(StageConfig):
 class GrpoConfig(StageConfig):
     """Stage `grpo`: the paper's Algorithm 1, after a supervised warm-up if asked for."""
 
-    warmup: SftTraining = field(default_factory=lambda: SftTraining(steps=0))
-    """Supervised warm-up before GRPO; steps=0 skips it."""
+    warmup: SftTraining = field(default_factory=SftTraining)
+    """Supervised warm-up before GRPO; skipped unless steps or epochs are given."""
     algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)
     """Algorithm."""
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
@@ -114,7 +114,7 @@ class GrpoConfig(StageConfig):
     @property
     def supervised(self) -> SftTraining | None:
         """Warm-up, if there is one."""
-        return self.warmup if self.warmup.steps else None
+        return self.warmup if self.warmup.steps or self.warmup.epochs else None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -128,7 +128,7 @@ class GrpoConfig(StageConfig):
         )
         require(self.record_step == 1 or self.record is not None, "record_step", "given with record", self.record_step)
         warmup = [key for key in self.given if key.startswith("warmup.")]
-        if warmup and "warmup.steps" not in self.given:
+        if warmup and self.supervised is None and not {"warmup.steps", "warmup.epochs"} & set(warmup):
             raise ValueError(f"{warmup[0]} is given, and warmup.steps = 0 skips the warm-up: set warmup.steps as well")
         updates = self.steps * self.algorithm.minibatches * self.algorithm.epochs
         check_warmup(self.optim, updates, "steps x minibatches x epochs")

@@ -114,7 +114,7 @@ class PolicyLoss:
 
 @dataclass(frozen=True)
 class SupervisedLoss:
-    """Cross-entropy: - sum_t weight_t log p_t."""
+    """Cross-entropy: - sum_t weight_t log p_t. Rows of weight 0 are absent: nothing is computed of them."""
 
     weight_T: Tensor
     """Weight of each response token of the whole batch, normalised over the optimizer step."""
@@ -123,11 +123,16 @@ class SupervisedLoss:
 
     def __call__(self, head: LanguageHead, batch: MicroBatch) -> LossOutput:
         """Compute the micro-batch's loss from hidden states; no logits are kept."""
-        weight_T = self.weight_T[batch.row_T].to(head.hidden_TD.device)
+        hidden_TD, target_T, weight_T = head.hidden_TD, batch.target_T, self.weight_T[batch.row_T]
+        learnt = weight_T.nonzero().squeeze(1)  # on the CPU: the device is not waited for
+        if len(learnt) < len(weight_T):
+            weight_T, row = weight_T[learnt], learnt.to(hidden_TD.device)
+            hidden_TD, target_T = hidden_TD.index_select(0, row), target_T.index_select(0, row)
+        weight_T = weight_T.to(hidden_TD.device)
         logprob_T = linear_logprob(
-            head.hidden_TD,
+            hidden_TD,
             head.weight_VD,
-            batch.target_T,
+            target_T,
             workspace_bytes=head.workspace_bytes,
             tp_group=head.tp_group,
             reduce_dx=head.reduce_dx,

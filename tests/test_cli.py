@@ -469,7 +469,8 @@ def test_every_name_from_elsewhere_means_a_key():
         ("grpo", "algorithm.kl_coef=-1", "algorithm.kl_coef must be at least 0; got -1.0"),
         ("grpo", "model.norm_eps=0", "model.norm_eps must be above 0; got 0.0"),
         ("grpo", "optim.warmup_steps=200", "optim.warmup_steps must be below steps x minibatches x epochs = 200, the"),
-        ("sft", "sft.optim.warmup_steps=500", "sft.optim.warmup_steps must be below steps = 500, the number of upda"),
+        ("sft", "sft.steps=0", "sft.steps must be at least 1; got 0"),
+        ("sft", "sft.epochs=0", "sft.epochs must be above 0; got 0.0"),
         ("grpo", "rewards.numeric=-1", "rewards.numeric must be"),
         # values that would not be heeded
         ("grpo", "optim.min_lr=1e-7", "optim.min_lr must be 0 with schedule = constant; got 1e-07"),

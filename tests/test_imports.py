@@ -32,7 +32,7 @@ TRAINER = (
     "rewards",
     "data hf packing",
     "megatron",
-    "losses grpo balance",
+    "losses grpo balance examples",
     "update",
     "reporting.metrics",
     "reporting.report reporting.folder",
@@ -41,7 +41,7 @@ TRAINER = (
     "prepare",
     "run",
     "explore reporting.journal",
-    "train verify",
+    "train supervise verify",
     "stages corpus",
     "__main__",
 )

@@ -21,7 +21,7 @@ ELSEWHERE: dict[str, tuple[str, ...]] = {
     "max_steps": ("steps", "sft.steps"),
     "train_iters": ("steps", "sft.steps"),
     "total_training_steps": ("steps", "sft.steps"),
-    "num_train_epochs": ("steps", "sft.steps"),
+    "num_train_epochs": ("sft.epochs", "steps"),
     "eval_steps": ("eval.every",),
     "eval_interval": ("eval.every",),
     "test_freq": ("eval.every",),

@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 from dsm_train.data.arithmetic import arithmetic_tasks, count_tasks
 from dsm_train.data.config import DataConfig
@@ -16,6 +17,7 @@ from dsm_train.data.jsonl import read_jsonl
 from dsm_train.data.tasks import Task
 from dsm_train.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 
+ItemT = TypeVar("ItemT")
 HELDOUT_TASKS, VOCAB_SIZE = 500, 320
 """Held-out tasks, and entries of a trained tokenizer, where the configuration leaves them open."""
 
@@ -69,16 +71,17 @@ def _place(task: Task) -> tuple[bytes, int]:
     return hashlib.sha256(task.key.encode()).digest(), task.id
 
 
-def without_too_long(tasks: Tasks, format: Format, longest: int) -> tuple[Tasks, str | None]:
+def without_too_long(tasks: Tasks, format: Format, longest: int, *, answered: bool = True) -> tuple[Tasks, str | None]:
     """Leave out the tasks whose prompt has more than `longest` tokens; returns those left, and the line that says so.
 
+    answered: training tasks are, too; supervised training reads them, and answers held-out ones alone.
     Raises `ValueError` when none is left on one side.
     """
 
     def fitting(side: Sequence[Task]) -> tuple[Task, ...]:
         return tuple(task for task in side if len(format.prompt(task)) <= longest)
 
-    left = Tasks(fitting(tasks.train), fitting(tasks.heldout))
+    left = Tasks(fitting(tasks.train) if answered else tasks.train, fitting(tasks.heldout))
     skipped = [len(tasks.train) - len(left.train), len(tasks.heldout) - len(left.heldout)]
     if not left.train or not left.heldout:
         raise ValueError(
@@ -147,7 +150,7 @@ def occurrences(tasks: Sequence[Task]) -> list[int]:
     return counts
 
 
-def draw(tasks: Sequence[Task], count: int, step: int, seed: int) -> list[Task]:
+def draw(tasks: Sequence[ItemT], count: int, step: int, seed: int) -> list[ItemT]:
     """Draw the tasks of one step: the next `count` of endless shuffled passes, a function of the arguments alone."""
     orders: dict[int, list[int]] = {}
     drawn = []

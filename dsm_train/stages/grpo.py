@@ -14,7 +14,7 @@ from dsm_train.reporting.journal import Journal
 from dsm_train.reporting.report import Report, learning_curve, write_report
 from dsm_train.rollout.embedded import EmbeddedEngine
 from dsm_train.run import Job, start
-from dsm_train.stages.sft import supervise
+from dsm_train.supervise import supervise
 from dsm_train.train import reinforce
 
 STAGE = "grpo"
@@ -30,17 +30,23 @@ def train_grpo(config: GrpoConfig) -> None:
         config, questions = prepare(config, config.sampling)
     with start(config, STAGE, questions) as job:
         tokenizer, heldout = questions.tokenizer, questions.tasks.heldout
-        warmup, updates = config.warmup, config.steps * algo.updates
+        course, updates = questions.course, config.steps * algo.updates
         policy = TrainableModel.build(
             job.language_model(),
             job.parallel,
-            *((warmup.optim, warmup.steps) if warmup.steps else (config.optim, updates)),
+            *((config.optim, updates) if course is None else (config.warmup.optim, course.steps)),
         )
         engine = EmbeddedEngine(policy, tokenizer.stop_ids, config.run.seed)
         evaluator = Evaluator(engine, tokenizer, questions.format, job.parallel, config.sampling, questions.grader)
         learnt: dict[str, Any] = {}
-        if warmup.steps:
-            learnt = supervise(job, questions, policy, warmup, evaluator)
+        if course is not None:
+            supervise(job, questions, policy, evaluator)
+            learnt = {
+                "warmup_examples": len(course.examples),
+                "train_tasks": len(questions.tasks.train),
+                "warmup_accuracy_on_examples": evaluator.greedy_accuracy(course.examples.tasks[: len(heldout)]),
+                "warmup_seconds": job.seconds(),
+            }
             policy.restart(config.optim, updates)
         before = evaluator.greedy_accuracy(heldout)
         job.metrics.log(0, "grpo", {"heldout_accuracy": before})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,6 +11,9 @@ import torch
 import torch.distributed as dist
 
 from dsm_train.config import ModelConfig, OptimConfig, ParallelConfig
+from dsm_train.data.format import Example
+from dsm_train.data.tasks import Task
+from dsm_train.examples import Limit, tokenise
 from dsm_train.grpo import token_weights
 from dsm_train.hf.writer import appearing
 from dsm_train.losses import LossOutput, Stats, SupervisedLoss
@@ -19,8 +23,10 @@ from dsm_train.megatron.model import build_model
 from dsm_train.megatron.parallel import Parallel
 from dsm_train.megatron.step import TrainableModel
 from dsm_train.packing.microbatch import MicroBatch, pack, repeat_prompts
+from dsm_train.packing.packer import Packer
 from dsm_train.rollout.config import SamplingConfig
 from dsm_train.rollout.embedded import EmbeddedEngine
+from dsm_train.supervise import mean_loss, share
 from dsm_train.types import Prompt, Rollouts, Sequences
 from dsm_train.update import optimizer_step
 
@@ -72,6 +78,7 @@ def run(name: str, rank: int, world: int, store: dist.Store, out: Path) -> None:
         "logprob": policy.logprobs(packed(SEQUENCES, 30, config), SEQUENCES.response_token_T.numel(), 0.8),
     }
     result["steps"] = [train(policy, layout, max_tokens) for max_tokens in (1000, 16)]
+    result["supervised"] = [supervised(policy, layout, step) for step in range(3)]
     result["trained"] = weights.gather_full(policy.chunks, layout)
     result["copies"] = weights.difference_of_copies(policy.chunks, layout)
     result["sampled"] = generate(policy, layout).sequences.response_token_T  # with the weights of after the update
@@ -114,6 +121,28 @@ def train(policy: TrainableModel, layout: Parallel, max_tokens: int) -> dict[str
         "sums": dict(step.stats.sums),
         "shares": shares,
     }
+
+
+class Conversations:
+    """Conversations of random tokens in which every other stretch is learnt."""
+
+    def example(self, task: Task) -> Example:
+        rng = random.Random(task.id)
+        stretches = [[rng.randrange(tiny.VOCAB) for _ in range(rng.randint(1, 6))] for _ in range(5)]
+        learnt = [i % 2 == 0 for i, stretch in enumerate(stretches[1:]) for _ in stretch]
+        return Example(stretches[0], [token for stretch in stretches[1:] for token in stretch], learnt)
+
+
+def supervised(policy: TrainableModel, layout: Parallel, step: int) -> dict[str, float]:
+    """Take one step on conversations, every replica its part: cut by cost, dealt in turn, or fewer than replicas."""
+    tasks = [Task(number, "") for number in range(9)]
+    examples = tokenise(tasks, Conversations(), Limit("", 99), prompt_loss=False, skip=False)  # type: ignore[arg-type]
+    layout = replace(layout, config=replace(layout.config, balance=step != 1))
+    packer = Packer(policy.config, tiny.VOCAB, layout.config, torch.device("cpu"), max_tokens=48)
+    batch, learnt_T = examples.take(torch.arange(9) if step < 2 else torch.tensor([4]))
+    result = optimizer_step(policy, *share(batch, learnt_T, packer, layout))
+    after = mean_loss(policy, examples, packer, layout)
+    return {"loss": result.loss, "grad_norm": result.grad_norm, "learnt": result.stats.tokens, "after": after}
 
 
 def value_step(layout: Parallel, model: ModelConfig) -> dict[str, object]:

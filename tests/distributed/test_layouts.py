@@ -134,6 +134,8 @@ def test_every_layout_trains_the_same_step(name: str, results: Results) -> None:
             torch.testing.assert_close(step["sums"], other["sums"], rtol=1e-5, atol=1e-5)
             assert step["shares"] and not other["shares"]
         assert result["copies"] == 0.0
+        for step, other in zip(result["supervised"], expected["supervised"], strict=True):
+            assert step == pytest.approx(other, rel=1e-5)
     # AdamW's first steps divide a gradient by its own size, so that rounding counts where the gradient is tiny
     for key, value in expected["trained"].items():
         trained = results[name][0]["trained"][key][: len(value)]
