@@ -6,19 +6,14 @@ E examples, N tokens of all examples, S examples of a batch, T their tokens from
 from __future__ import annotations
 
 from array import array
-from bisect import bisect_right
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
-from itertools import accumulate, groupby
 
 import torch
 from torch import Tensor
 
 from dsm_train.data.format import Example, Format
-from dsm_train.data.source import draw
 from dsm_train.data.tasks import Task
-from dsm_train.data.tokenizer import Tokenizer
 from dsm_train.types import Sequences, offsets, spans
 
 
@@ -155,90 +150,3 @@ def _place(task: Task) -> str:
 def _tensor(values: array[int] | bytearray, dtype: torch.dtype) -> Tensor:
     """Make a tensor of the same memory."""
     return torch.frombuffer(values, dtype=dtype) if values else torch.empty(0, dtype=dtype)
-
-
-@dataclass(frozen=True)
-class Course:
-    """Supervised training as it was prepared: examples, and those that each optimizer step takes.
-
-    Steps take the next examples of one endless line, a shuffled pass after the other; whichever step is asked for, its
-    examples are a function of the seed and the step.
-    """
-
-    examples: Examples
-    heldout: Examples
-    """Held-out examples, for the validation loss; there may be none."""
-    cuts: Sequence[int]
-    """Positions in the line at which steps begin, and the last one ends [steps + 1]."""
-    seed: int
-
-    @property
-    def steps(self) -> int:
-        """Optimizer steps."""
-        return len(self.cuts) - 1
-
-    @property
-    def epochs(self) -> float:
-        """Passes over the examples."""
-        return self.cuts[-1] / len(self.examples)
-
-    def batch(self, step: int) -> tuple[Sequences, Tensor]:
-        """Look up the examples of a step (from 0), of all data-parallel ranks, as `Examples.take` gives them."""
-        count = len(self.examples)
-        places = (divmod(position, count) for position in range(self.cuts[step], self.cuts[step + 1]))
-        index_E = torch.tensor([_order(count, epoch, self.seed)[index] for epoch, index in places])
-        return self.examples.take(index_E)
-
-
-def course_notes(course: Course, tokenizer: Tokenizer) -> list[str]:
-    """Say what is trained on: counts, what is left out, and the first example with its learnt tokens marked."""
-    train, heldout = course.examples, course.heldout
-    lines = [
-        f"supervised training: {len(train):,} examples of {len(train.token_N):,} tokens, {int(train.learnt_N.sum()):,} "
-        f"of them learnt; {course.steps:,} steps, {course.epochs:.3g} epochs; {len(heldout):,} held-out examples"
-    ]
-    for name, side in (("training", train.left_out), ("held-out", heldout.left_out)):
-        if side.too_long:
-            among = side.too_long + side.unlearnt + len(train if name == "training" else heldout)
-            lines.append(
-                f"data.too_long = skip: {side.too_long:,} of {among:,} {name} examples are left out; the longest "
-                f"has {side.longest:,} tokens ({side.where})"
-            )
-        if side.unlearnt:
-            lines.append(f"{side.unlearnt:,} {name} examples without a token to learn are left out")
-    return [*lines, f"the first example, what is learnt in [[ ]]:\n{_shown(train.first, tokenizer)}"]
-
-
-def _shown(example: Example, tokenizer: Tokenizer) -> str:
-    """Decode an example, with the runs of learnt tokens in double brackets."""
-    runs = [tokenizer.decode(example.prompt)]
-    for learnt, run in groupby(zip(example.learnt, example.response, strict=True), key=lambda pair: pair[0]):
-        text = tokenizer.decode([token for _, token in run])
-        runs.append(f"[[{text}]]" if learnt else text)
-    return "".join(runs)
-
-
-def cut_steps(size_E: Tensor, budget: int, seed: int, *, steps: int | None, epochs: float | None) -> Sequence[int]:
-    """Cut the line of examples into optimizer steps of at most `budget` in size, for so many steps or so many epochs.
-
-    size_E: what each example takes of the budget, at most all of it. A part of an epoch is rounded to examples. The
-    last step of `epochs` takes what is left.
-    """
-    count = len(size_E)
-    total = None if epochs is None else max(1, round(epochs * count))
-    ends = array("q", [0])  # ends[i] is the size of the line's first i examples
-    cuts = array("q", [0])
-    while len(cuts) - 1 != steps and cuts[-1] != total:
-        limit = ends[cuts[-1]] + budget
-        while ends[-1] <= limit and (total is None or len(ends) <= total):
-            order = torch.tensor(_order(count, (len(ends) - 1) // count, seed))
-            ends.extend(accumulate(size_E[order].tolist(), initial=ends.pop()))
-        end = bisect_right(ends, limit) - 1
-        cuts.append(end if total is None else min(end, total))
-    return cuts
-
-
-@lru_cache(maxsize=4)
-def _order(count: int, epoch: int, seed: int) -> array[int]:
-    """Order of the examples in a pass: that of `draw`."""
-    return array("i", draw(range(count), count, epoch, seed))

@@ -33,6 +33,7 @@ TRAINER = (
     "data hf packing",
     "megatron",
     "losses grpo balance examples",
+    "course",
     "update",
     "reporting.metrics",
     "reporting.report reporting.folder",

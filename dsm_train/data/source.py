@@ -8,7 +8,6 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
 
 from dsm_train.data.arithmetic import arithmetic_tasks, count_tasks
 from dsm_train.data.config import DataConfig
@@ -17,7 +16,6 @@ from dsm_train.data.jsonl import read_jsonl
 from dsm_train.data.tasks import Task
 from dsm_train.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 
-ItemT = TypeVar("ItemT")
 HELDOUT_TASKS, VOCAB_SIZE = 500, 320
 """Held-out tasks, and entries of a trained tokenizer, where the configuration leaves them open."""
 
@@ -150,7 +148,7 @@ def occurrences(tasks: Sequence[Task]) -> list[int]:
     return counts
 
 
-def draw(tasks: Sequence[ItemT], count: int, step: int, seed: int) -> list[ItemT]:
+def draw(tasks: Sequence[Task], count: int, step: int, seed: int) -> list[Task]:
     """Draw the tasks of one step: the next `count` of endless shuffled passes, a function of the arguments alone."""
     orders: dict[int, list[int]] = {}
     drawn = []

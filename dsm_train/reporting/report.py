@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#595959"
 TITLES = {"sft": "supervised warm-up", "grpo": "GRPO", "ppo": "PPO"}
 """Phases that are drawn, in this order."""
-SUPERVISED = "sft"
-"""Phase that is not reinforcement learning."""
+SUPERVISED, ALONE = "sft", "supervised fine-tuning"
+"""Phase that is not reinforcement learning, and its title where it is no warm-up."""
 NEGLIGIBLE = 1e-6
 """Largest value of a curve that is left out, such as a KL of 0."""
 
@@ -82,7 +82,7 @@ def read_metrics(path: Path) -> dict[str, list[dict[str, Any]]]:
 
 
 def learning_curve(metrics_path: Path, out_path: Path) -> None:
-    """Draw held-out accuracy and reward over the steps of each phase, with loss, length and KL below, to a PNG.
+    """Draw held-out accuracy and reward over the steps of each phase, with losses, length and KL below, to a PNG.
 
     Keys that were not logged are left out. Raises ValueError when nothing that it draws was logged.
     """
@@ -104,7 +104,7 @@ def learning_curve(metrics_path: Path, out_path: Path) -> None:
     )
     for column, phase in enumerate(phases):
         above, below = axes[0, column], axes[1, column]
-        _draw_accuracy(above, logged[phase], TITLES[phase])
+        _draw_accuracy(above, logged[phase], TITLES[phase] if len(phases) > 1 or phase != SUPERVISED else ALONE)
         _draw_details(below, logged[phase])
         below.set_xlabel("step")
         first, last = logged[phase][0]["step"], logged[phase][-1]["step"]
@@ -160,7 +160,7 @@ def _draw_accuracy(axes: Axes, rows: Sequence[Mapping[str, Any]], title: str) ->
 
 
 def _draw_details(axes: Axes, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Draw response length and KL where there is any, each on its own axis; else the loss, as of a warm-up."""
+    """Draw response length and KL where there is any, each on its own axis; else the losses, as of a warm-up."""
     length = ("response tokens", GREEN, *_series(rows, "response_tokens"))
     kl = ("KL to the reference", GREY, *_series(rows, "kl"))
     drawn = [curve for curve in (length, kl) if any(abs(value) > NEGLIGIBLE for value in curve[-1])]
@@ -172,6 +172,10 @@ def _draw_details(axes: Axes, rows: Sequence[Mapping[str, Any]]) -> None:
         panel.set_ylabel(label, color=colour)
         panel.tick_params(axis="y", labelcolor=colour)
         panel.set_ylim(bottom=min(0.0, *values))
+    steps, values = _series(rows, "heldout_loss")
+    if drawn == [loss] and steps:
+        axes.plot(steps, values, color=BLUE, linewidth=1.8, marker="o", markersize=4, label="held-out loss")
+        axes.legend(loc="upper right", frameon=False)
     axes.grid(alpha=0.25)
     if not drawn:
         axes.set_yticks([])
