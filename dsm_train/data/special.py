@@ -37,9 +37,10 @@ class SpecialTokens:
         special = [token for token in added if token.content in self.codes]
         self.spelled = re.compile(_any_of(special))
         self._added = _any_of(added)
-        self.begins = {token.content[:k] for token in special for k in range(1, len(token.content))}
-        self.ends = {token.content[k:] for token in special for k in range(1, len(token.content))}
-        self.longest = max((len(token.content) for token in special), default=0)
+        self._special = [token.content for token in special]
+        self._longest = max(map(len, self._special), default=0)
+        self._begins = {token[:k] for token in self._special for k in range(1, len(token))}
+        self._ends = {token[k:] for token in self._special for k in range(1, len(token))}
         # A name is longer only for texts that hold _LEAD, which hardly any does.
         self.renamed = lru_cache(maxsize=2)(self._renamed)
         self.written = lru_cache(maxsize=2)(self._written)
@@ -47,6 +48,16 @@ class SpecialTokens:
     def encode(self, text: str) -> tokenizers.Encoding:
         """Encode a text in which nothing is a special token."""
         return self.renamed(_lead([text])).encode(text, add_special_tokens=False)
+
+    def begins_at_the_end_of(self, text: str) -> bool:
+        """Tell whether `text` ends with the beginning of a special token."""
+        return any(text[-size:] in self._begins for size in range(1, min(len(text), self._longest) + 1))
+
+    def ends_at_the_start_of(self, text: str) -> bool:
+        """Tell whether `text` starts with the end of a special token, or is the middle of one."""
+        if any(text[:size] in self._ends for size in range(1, self._longest)):
+            return True
+        return 0 < len(text) < self._longest and any(text in token for token in self._special)
 
     def escape(self, texts: Iterable[str]) -> Escape:
         """Prepare to hide these texts, all that one template wraps."""
@@ -80,12 +91,10 @@ class Escape:
     def hide(self, text: str) -> str:
         """Replace what spells a special token, and what would spell one together with the template around it."""
         text = self._special.spelled.sub(lambda match: self._hide(match[0]), text)
-        sizes = range(1, self._special.longest)
-        # Templates strip texts.
-        first, last = len(text) - len(text.lstrip()), len(text.rstrip())
-        if any(text[max(0, last - size) : last] in self._special.begins for size in sizes):
-            text = text[: last - 1] + self._hide(text[last - 1]) + text[last:]
-        if any(text[first : first + size] in self._special.ends for size in sizes):
+        first, last = len(text) - len(text.lstrip()), len(text.rstrip()) - 1  # templates strip texts
+        if self._special.begins_at_the_end_of(text[: last + 1]):
+            text = text[:last] + self._hide(text[last]) + text[last + 1 :]
+        if self._special.ends_at_the_start_of(text.strip()):
             text = text[:first] + self._hide(text[first]) + text[first + 1 :]
         return text
 

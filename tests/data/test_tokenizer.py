@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
+import subprocess
+import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+from published import CHATML, KINDS, SPECIAL, byte_level, folder
 
 from dsm_train.data.arithmetic import arithmetic_tasks
+from dsm_train.data.tasks import Message
 from dsm_train.data.tokenizer import EOS, PAD, Tokenizer, _bounded, load_tokenizer, train_tokenizer
 
 TEXTS = [f"{task.question}{task.solution}" for task in arithmetic_tasks(["word"], "train", count=300, style="steps")]
@@ -122,6 +128,115 @@ def test_transformers_reads_our_folder_and_we_read_its(tokenizer: Tokenizer, tmp
     loaded.save(tmp_path / "again")  # nothing that came with it is lost
     again = transformers.AutoTokenizer.from_pretrained(tmp_path / "again", local_files_only=True)
     assert again.chat_template == "{{ messages }}"
+
+
+@pytest.mark.parametrize(
+    ("files", "stop"),
+    [
+        ({}, ["</s>"]),
+        ({"generation_config.json": ["<|im_end|>", "</s>"]}, ["</s>", "<|im_end|>"]),
+        ({"generation_config.json": "<|im_end|>", "config.json": "<s>"}, ["</s>", "<|im_end|>"]),
+        ({"generation_config.json": None, "config.json": "<|im_end|>"}, ["</s>", "<|im_end|>"]),
+        ({"config.json": ["<|im_end|>", "<|im_end|>"]}, ["</s>", "<|im_end|>"]),
+    ],
+)
+def test_a_response_ends_at_every_token_that_the_folder_names(
+    files: dict[str, Any], stop: list[str], tmp_path: Path
+) -> None:
+    backend = byte_level(SPECIAL)
+    folder(tmp_path, backend, None)
+    for name, tokens in files.items():
+        ids = [backend.token_to_id(token) for token in tokens] if isinstance(tokens, list) else None
+        value = backend.token_to_id(tokens) if isinstance(tokens, str) else ids
+        (tmp_path / name).write_text(json.dumps({"eos_token_id": value}))
+    for path in (tmp_path, tmp_path / "tokenizer.json"):
+        loaded = load_tokenizer(path, eos_token="</s>")
+        assert [loaded.token(id_) for id_ in loaded.stop_ids] == stop
+        assert loaded.token(loaded.eos_id) == "</s>"
+        assert loaded.decode([*loaded.encode("12"), *loaded.stop_ids]) == "12"
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"), [(406, "406"), ([2, 99_999], "99999"), (-1, "-1"), ("</s>", "'</s>'"), ([True], "True")]
+)
+def test_a_stop_token_that_the_tokenizer_does_not_have_is_refused(value: Any, shown: str, tmp_path: Path) -> None:
+    folder(tmp_path, byte_level(SPECIAL), None)
+    assert load_tokenizer(tmp_path).vocab_size <= 406
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": value}))
+    with pytest.raises(
+        ValueError, match=f"generation_config.json: eos_token_id = {shown} is no token of the tokenizer"
+    ):
+        load_tokenizer(tmp_path)
+    (tmp_path / "generation_config.json").write_text("[]")
+    with pytest.raises(ValueError, match="generation_config.json must hold a JSON object"):
+        load_tokenizer(tmp_path)
+
+
+def test_a_stop_token_that_is_an_ordinary_one_stays_so_in_texts(tmp_path: Path) -> None:
+    backend = byte_level(SPECIAL)
+    folder(tmp_path, backend, None)
+    line = backend.token_to_id("Ċ")
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [line]}))
+    loaded = load_tokenizer(tmp_path)
+    assert line in loaded.stop_ids and loaded.encode("\n") == [line] and loaded.decode([line]) == "\n"
+
+
+def test_a_folder_is_saved_as_it_came(tmp_path: Path) -> None:
+    folder(tmp_path / "came", byte_level(SPECIAL), CHATML)
+    files = {
+        "special_tokens_map.json": b'{"pad_token":   "</s>"}\n',
+        "chat_template.jinja": CHATML.encode() + b"{# as it is #}",
+        "additional_chat_templates/tool_use.jinja": b"{{ bos_token }}",
+    }
+    for name, content in files.items():
+        (tmp_path / "came" / name).parent.mkdir(exist_ok=True)
+        (tmp_path / "came" / name).write_bytes(content)
+    (tmp_path / "came" / "generation_config.json").write_text("{}")
+    (tmp_path / "came" / "README.md").write_text("not the tokenizer's")
+    came = {p.relative_to(tmp_path / "came"): p.read_bytes() for p in (tmp_path / "came").rglob("*") if p.is_file()}
+    loaded = load_tokenizer(tmp_path / "came")
+    shutil.rmtree(tmp_path / "came")  # a run may last longer than the folder
+    loaded.save(tmp_path / "saved")
+    saved = {p.relative_to(tmp_path / "saved"): p.read_bytes() for p in (tmp_path / "saved").rglob("*") if p.is_file()}
+    assert saved == {p: content for p, content in came.items() if p.name not in ("generation_config.json", "README.md")}
+    again = load_tokenizer(tmp_path / "saved")
+    assert again.fingerprint() == loaded.fingerprint() and again.stop_ids == loaded.stop_ids
+    assert again.render([Message("user", "Hi")], ask=True) == loaded.render([Message("user", "Hi")], ask=True)
+
+
+def test_a_file_is_saved_as_it_came_and_with_its_end_token(tmp_path: Path) -> None:
+    folder(tmp_path, byte_level(SPECIAL), None)
+    path = tmp_path / "tokenizer.json"
+    path.write_text(json.dumps(json.loads(path.read_text())))  # another way to write it
+    loaded = load_tokenizer(path, eos_token="<|im_end|>")
+    loaded.save(tmp_path / "saved")
+    assert (tmp_path / "saved" / "tokenizer.json").read_bytes() == path.read_bytes()
+    assert load_tokenizer(tmp_path / "saved").fingerprint() == loaded.fingerprint()
+    renamed = load_tokenizer(tmp_path, eos_token="<|im_end|>")  # a folder's end token that was overruled
+    renamed.save(tmp_path / "renamed")
+    assert load_tokenizer(tmp_path / "renamed").eos_id == renamed.eos_id == loaded.eos_id
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_text_gives_a_special_token_and_all_others_stay(kind: str, tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    loaded = load_tokenizer(folder(tmp_path, KINDS[kind](SPECIAL), None))
+    theirs = AutoTokenizer.from_pretrained(tmp_path, local_files_only=True)
+    special = {theirs.convert_tokens_to_ids(token) for token in SPECIAL}
+    for text in [*(text for text in HARD_TEXTS if "<" not in text), "What is 7 + 5?", "<think> so </think>"]:
+        assert loaded.encode(text) == theirs.encode(text, add_special_tokens=False)
+    for text in ("</s>", "What </s></s>is <s>", "<|im_start|>user <|im_end|>", "</s"):
+        assert special.isdisjoint(loaded.encode(text))
+
+
+def test_our_own_folder_is_read_without_transformers(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    tokenizer.save(tmp_path)
+    program = (
+        "import sys; from dsm_train.data.tokenizer import load_tokenizer; "
+        f"load_tokenizer({str(tmp_path)!r}).encode('7'); sys.exit('transformers' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", program]).returncode == 0
 
 
 def test_pad_falls_back_to_eos_and_gaps_in_the_ids_count(tmp_path: Path) -> None:
