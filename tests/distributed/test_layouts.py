@@ -135,7 +135,7 @@ def test_every_layout_trains_the_same_step(name: str, results: Results) -> None:
             assert step["shares"] and not other["shares"]
         assert result["copies"] == 0.0
         for step, other in zip(result["supervised"], expected["supervised"], strict=True):
-            assert step == pytest.approx(other, rel=1e-5)
+            assert step == pytest.approx(other, rel=1e-4)
     # AdamW's first steps divide a gradient by its own size, so that rounding counts where the gradient is tiny
     for key, value in expected["trained"].items():
         trained = results[name][0]["trained"][key][: len(value)]
