@@ -47,6 +47,13 @@ ELSEWHERE: dict[str, tuple[str, ...]] = {
     "max_response_length": ("sampling.max_new_tokens",),
     "max_new_tokens": ("sampling.max_new_tokens",),
     "max_prompt_length": ("model.max_length",),
+    # Rewards.
+    "rewards.numeric": ("rewards.functions",),
+    "rewards.format": ("rewards.functions",),
+    "reward_funcs": ("rewards.functions",),
+    "reward_weights": ("rewards.functions",),
+    "custom_reward_function.path": ("rewards.functions",),
+    "custom_reward_function.name": ("rewards.functions",),
     # Optimizer.
     "learning_rate": ("optim.lr",),
     "adam_beta1": ("optim.beta1",),

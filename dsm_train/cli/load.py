@@ -25,7 +25,7 @@ import yaml
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
 from dsm_train.cli.keys import Keys, leaves_of
-from dsm_train.cli.values import Setting, parse, text_of
+from dsm_train.cli.values import Setting, list_form, parse, text_of
 from dsm_train.config import Given
 from dsm_train.stages.table import Stage
 
@@ -104,10 +104,10 @@ def _print_help(cls: type, prog: str, description: str) -> NoReturn:
             return None
         return PrimitiveConstructorSpec(
             nargs=1,
-            metavar="[A, B, ...]",
+            metavar=list_form(info.type),
             instance_from_str=tuple,
             is_instance=lambda value: isinstance(value, tuple),
-            str_from_instance=lambda value: [str(item).encode("unicode_escape").decode() for item in value],
+            str_from_instance=lambda value: [_in_help(item) for item in value],
         )
 
     description += (
@@ -125,6 +125,14 @@ def _print_help(cls: type, prog: str, description: str) -> NoReturn:
         config=(tyro.conf.FlagConversionOff, tyro.conf.SuppressFixed),  # `Given` is no value of the user's
     )
     raise AssertionError("tyro prints the help and exits")
+
+
+def _in_help(item: Any) -> str:
+    """Write an item of a list as the page of all fields shows it."""
+    if is_dataclass(item):
+        given = {name: value for name, value in plain(item).items() if value is not None}
+        return yaml.safe_dump(given, default_flow_style=True, sort_keys=False).strip()
+    return str(item).encode("unicode_escape").decode()
 
 
 def _example(cls: type) -> str:

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import io
-from dataclasses import dataclass, make_dataclass
+from collections.abc import Mapping
+from dataclasses import MISSING, dataclass, fields, is_dataclass, make_dataclass
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import tyro
 import yaml
 
-Text = str | None | tuple["Text", ...]
-"""Value as a recipe or a command line holds it, without a type yet; None is YAML's null."""
+from dsm_train.cli.hints import unknown_key
+
+Text = str | None | tuple["Text", ...] | Mapping[str, "Text"]
+"""Value as a recipe or a command line holds it, without a type yet: None is YAML's null, a mapping a list's item."""
 
 _LARGEST = 3.4e38
 """Bound of fp32, in which the trainer computes."""
@@ -35,19 +38,44 @@ def parse(key: str, kind: Any, setting: Setting) -> Any:
         return None
     bare = Union[tuple(option for option in options if option is not NoneType)]  # noqa: UP007 (built at run time)
     try:
-        if get_origin(bare) is tuple:
-            return tuple(_parse_value(get_args(bare)[0], item) for item in _items(setting.text))
-        return _parse_value(bare, setting.text)
+        if get_origin(bare) is not tuple:
+            return _parse_value(bare, setting.text)
+        item, items = get_args(bare)[0], _items(setting.text)
+        if not is_dataclass(item):
+            return tuple(_parse_value(item, text) for text in items)
+        mappings = [text for text in items if isinstance(text, Mapping)]
+        if len(mappings) < len(items):
+            raise ValueError(f"not {_words(bare)}")
     except ValueError:
         got = "null" if setting.text is None else repr(setting.text)
         got = f"the list {list(setting.text)}" if isinstance(setting.text, tuple) else got
         raise ValueError(f"{setting.where}{key}: expected {_words(kind)}, got {got}") from None
+    places = (f"{setting.where}item {number} of {key}: " for number in range(1, len(items) + 1))
+    return tuple(_parse_item(item, *pair) for pair in zip(mappings, places, strict=True))
+
+
+def _parse_item(kind: Any, texts: Mapping[str, Text], where: str) -> Any:
+    """Make a dataclass of an item {field: value, ...}; ValueError with the item and the field."""
+    types = get_type_hints(kind)
+    known = [item.name for item in fields(kind)]
+    for name in texts:
+        if name not in known:
+            raise ValueError(where + unknown_key(name, known))
+    for item in fields(kind):
+        if item.name not in texts and item.default is MISSING and item.default_factory is MISSING:
+            raise ValueError(f"{where}{item.name} has no default: add it")
+    values = {name: parse(name, types[name], Setting(text, where)) for name, text in texts.items()}
+    try:
+        return kind(**values)
+    except ValueError as error:
+        raise ValueError(f"{where}{error}") from error
 
 
 def _items(text: Text) -> tuple[Text, ...]:
     """Split a list written on the command line: [a, b] as in YAML, or a single item without a comma."""
     if isinstance(text, tuple):
         return text
+    assert not isinstance(text, Mapping), "a mapping is an item of a list"
     if not text:
         return ()
     if not text.startswith("["):
@@ -87,8 +115,17 @@ def _words(kind: Any) -> str:
     if get_origin(kind) is Literal:
         return "one of " + ", ".join(str(choice) for choice in get_args(kind))
     if get_origin(kind) is tuple:
-        return f"a list [A, B, ...], each {_words(get_args(kind)[0])}"
+        item = get_args(kind)[0]
+        return f"a list {list_form(kind)}" + ("" if is_dataclass(item) else f", each {_words(item)}")
     return _WORDS.get(kind, str(kind))
+
+
+def list_form(kind: Any) -> str:
+    """Show how a list of this type is written."""
+    item = get_args(kind)[0]
+    if not is_dataclass(item):
+        return "[A, B, ...]"
+    return f"[{{{', '.join(f'{part.name}: {part.name.upper()}' for part in fields(item))}}}, ...]"
 
 
 def text_of(node: yaml.Node, where: str) -> Text:
@@ -96,5 +133,16 @@ def text_of(node: yaml.Node, where: str) -> Text:
     if isinstance(node, yaml.ScalarNode):
         return None if node.tag == "tag:yaml.org,2002:null" else node.value
     if isinstance(node, yaml.SequenceNode):
-        return tuple(text_of(item, where) for item in node.value)
+        return tuple(_item_text(item, where) for item in node.value)
     raise ValueError(f"{where}expected a value, got a section")
+
+
+def _item_text(node: yaml.Node, where: str) -> Text:
+    """Return the text of an item of a list, or of each of its fields."""
+    if not isinstance(node, yaml.MappingNode):
+        return text_of(node, where)
+    names = [str(name.value) for name, _ in node.value]
+    for name in names:
+        if names.count(name) > 1:
+            raise ValueError(f"{where}an item gives {name} twice")
+    return {name: text_of(value, f"{where}{name}: ") for name, (_, value) in zip(names, node.value, strict=True)}
