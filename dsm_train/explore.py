@@ -12,7 +12,7 @@ from dsm_train.megatron.step import Model
 from dsm_train.packing.packer import Packer
 from dsm_train.prepare import Questions
 from dsm_train.rollout.engine import RolloutEngine
-from dsm_train.rollout.grading import shuffle_rewards, with_rewards
+from dsm_train.rollout.grading import shuffle_rewards, verdicts, with_rewards
 from dsm_train.types import Prompt, Rollouts
 
 
@@ -27,9 +27,11 @@ def explore(
     return tasks, engine.generate(prompts, config.algorithm.group_size, config.sampling, step=step)
 
 
-def grade(rollouts: Rollouts, tasks: list[Task], questions: Questions, config: GrpoConfig, step: int) -> Rollouts:
-    """Reward each response by rule."""
-    rollouts = with_rewards(rollouts, tasks, questions.tokenizer, questions.grader)
+def grade(
+    rollouts: Rollouts, tasks: list[Task], questions: Questions, config: GrpoConfig, parallel: Parallel, step: int
+) -> Rollouts:
+    """Reward each response. Collective."""
+    rollouts = with_rewards(rollouts, verdicts(rollouts, tasks, questions.tokenizer, questions.grader, parallel))
     return shuffle_rewards(rollouts, config.run.seed, step) if config.algorithm.shuffle_rewards else rollouts
 
 

@@ -59,7 +59,7 @@ def prepare(config: ConfigT, sampling: SamplingConfig | None) -> tuple[ConfigT, 
         source.check_weights("language")
     tasks = load_tasks(config.data)
     tokenizer = make_tokenizer(config.data, config.run.init, tasks.train)
-    format, grader = make_format(config.data, tokenizer), Grader(config.rewards)
+    format, grader = make_format(config.data, tokenizer), make_grader(config)
     config = replace(config, model=with_vocabulary(config.model, source, tokenizer.vocab_size, tokenizer.fingerprint()))
     vocab = padded_vocab(HeadSpec.of(config.model).vocab_size, config.model.vocab_multiple, config.parallel.tp)
     parallel.check_layout(config.parallel, config.model, vocab)
@@ -80,8 +80,17 @@ def prepare(config: ConfigT, sampling: SamplingConfig | None) -> tuple[ConfigT, 
     core_attention(config.model)
     course = None if config.supervised is None else plan(config, config.supervised, tasks, format)
     notes += [] if course is None else course_notes(course, tokenizer)
+    if parallel.rank() == 0 and "rewards" not in config.unheeded:
+        grader.try_functions(next((task for task in tasks.train if task.solution or task.answer), tasks.train[0]))
     told = tuple(note for note in notes if note is not None)
     return config, Questions(tasks, tokenizer, format, grader, course, told)
+
+
+def make_grader(config: StageConfig) -> Grader:
+    """Make the grader; functions of the user's are looked for in the current folder and in that of their recipe."""
+    recipe, *_ = config.given.get("rewards.functions", "").rsplit(":", 2)
+    folders = [Path.cwd(), Path(recipe).absolute().parent] if recipe else [Path.cwd()]
+    return Grader(config.rewards, list(dict.fromkeys(map(str, folders))))
 
 
 def check_batch(layout: ParallelConfig, name: str, size: int, minibatches: int = 1) -> None:

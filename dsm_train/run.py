@@ -182,6 +182,7 @@ def start(config: ConfigT, stage: str, questions: Questions, *, trains: bool = T
     finally:
         metrics.close()
         samples.close()
+        questions.grader.close()
         if folder is not None:
             folder.close()
         parallel.stop(ranks)

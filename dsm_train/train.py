@@ -37,7 +37,7 @@ def reinforce(
             with loop.phase("score"):
                 if reference is not None and renew and step and step % renew == 0:
                     copy_weights(policy.chunks, reference.chunks)
-                rollouts = grade(rollouts, tasks, questions, config, step)
+                rollouts = grade(rollouts, tasks, questions, config, parallel, step)
                 rollouts = with_logprobs(
                     rollouts, policy, reference, packer, sampling.temperature, old=not algo.on_policy
                 )

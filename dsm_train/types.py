@@ -160,7 +160,9 @@ class Rollouts:
     weight_version: int
     """Optimizer steps that the sampling weights had seen."""
     reward_S: Tensor | None = field(default=None, metadata=PER_S)
-    """Reward of each response; None until graded."""
+    """Reward of each response, NaN where there is no verdict; None until graded."""
+    reward_SF: Tensor | None = field(default=None, metadata=PER_S)
+    """Value that each of F reward functions gave, NaN where it gave none; None until graded."""
     ref_logprob_T: Tensor | None = field(default=None, metadata=PER_T)
     """Log-probabilities under the reference model; None until computed, or when kl_coef is 0."""
     old_logprob_T: Tensor | None = field(default=None, metadata=PER_T)

@@ -58,12 +58,14 @@ def minibatches(
 
     The advantage of every token is its response's group-relative reward (outcome supervision, section 4.1.2). Weights
     are normalised over the minibatch of all data-parallel replicas, before responses that cannot move the policy are
-    left out. Responses that the algorithm masks are absent: they are in no group's statistics and in no weight's.
-    Collective; a replica may have none.
+    left out. Responses that the algorithm masks, and those without a verdict (a reward of NaN), are absent: they are in
+    no group's statistics and in no weight's. Collective; a replica may have none.
     """
     assert rollouts.reward_S is not None, "rollouts are graded before they are learnt from"
     sequences, cu = rollouts.sequences, rollouts.sequences.response_cu
-    present_S = rollouts.finished_S if algo.finished_only else torch.ones_like(rollouts.finished_S, dtype=torch.bool)
+    present_S = ~rollouts.reward_S.isnan()
+    if algo.finished_only:
+        present_S &= rollouts.finished_S
     length_S = cu.diff().long()
     bounds = [sequences.num_prompts * i // algo.minibatches for i in range(algo.minibatches + 1)]
     cuts = list(pairwise(sequences.group_cu[bounds].tolist()))

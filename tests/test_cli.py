@@ -471,7 +471,7 @@ def test_every_name_from_elsewhere_means_a_key():
         ("grpo", "optim.warmup_steps=200", "optim.warmup_steps must be below steps x minibatches x epochs = 200, the"),
         ("sft", "sft.steps=0", "sft.steps must be at least 1; got 0"),
         ("sft", "sft.epochs=0", "sft.epochs must be above 0; got 0.0"),
-        ("grpo", "rewards.numeric=-1", "rewards.numeric must be"),
+        ("grpo", "rewards.timeout_seconds=0", "rewards.timeout_seconds must be above 0; got 0.0"),
         # values that would not be heeded
         ("grpo", "optim.min_lr=1e-7", "optim.min_lr must be 0 with schedule = constant; got 1e-07"),
         ("grpo", "record_step=2", "record_step must be given with record; got 2"),

@@ -26,6 +26,7 @@ def rollouts(seed: int, prompts: list[int], responses: list[int]) -> Rollouts:
         finished_S=torch.arange(len(responses)) % 2 == seed % 2,
         weight_version=3,
         reward_S=torch.arange(len(responses)).float(),
+        reward_SF=torch.arange(2 * len(responses)).float().view(-1, 2) + seed,
         ref_logprob_T=logprob_T + 0.5,
         old_logprob_T=logprob_T + 0.75,
     )

@@ -1,7 +1,8 @@
-"""Greedy accuracy and pass@k on held-out tasks."""
+"""Greedy accuracy, mean reward and pass@k on held-out tasks."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from math import comb
@@ -12,11 +13,23 @@ from dsm_train.data.format import Format
 from dsm_train.data.tasks import Task
 from dsm_train.data.tokenizer import Tokenizer
 from dsm_train.megatron.parallel import Parallel
-from dsm_train.rewards.grader import Grader
+from dsm_train.rewards.grader import Grader, Verdict
 from dsm_train.rollout.config import SamplingConfig
 from dsm_train.rollout.engine import RolloutEngine
 from dsm_train.rollout.grading import verdicts
 from dsm_train.types import Prompt
+
+
+@dataclass(frozen=True)
+class Greedy:
+    """Outcome of the greedy responses to some tasks."""
+
+    accuracy: float
+    """Share of tasks whose response is correct."""
+    reward: float
+    """Mean reward of the responses with a verdict; NaN where none has one."""
+    no_verdict: float
+    """Share of the responses without one; they count as wrong where the first reward function gave none."""
 
 
 @dataclass(frozen=True)
@@ -30,34 +43,39 @@ class Evaluator:
     sampling: SamplingConfig
     grader: Grader
 
+    def greedy(self, tasks: Sequence[Task]) -> Greedy:
+        """Judge the greedy response to each task, over all data-parallel replicas. Collective."""
+        graded = self._graded(tasks, 1, replace(self.sampling, temperature=0.0, top_p=1.0, top_k=0))
+        judged = [verdict.reward for _, verdict in graded if not math.isnan(verdict.reward)]
+        failed = [float(any(map(math.isnan, verdict.parts))) for _, verdict in graded]
+        return Greedy(self._mean([float(v.correct) for _, v in graded]), self._mean(judged), self._mean(failed))
+
     def greedy_accuracy(self, tasks: Sequence[Task]) -> float:
-        """Measure the share of tasks, over all data-parallel replicas, whose greedy response is correct. Collective."""
-        sampling = replace(self.sampling, temperature=0.0, top_p=1.0, top_k=0)
-        correct = self._correct(tasks, 1, sampling)
-        return self._mean([float(c) for c in correct])
+        """Measure the share of tasks whose greedy response is correct. Collective."""
+        return self.greedy(tasks).accuracy
 
     def pass_at_k(self, tasks: Sequence[Task], num_samples: int) -> dict[int, float]:
         """Estimate pass@k for k = 1, 2, 4, ... up to num_samples, unbiased (Chen et al., arXiv:2107.03374)."""
-        correct = self._correct(tasks, num_samples, self.sampling)
+        mine = tasks[self.parallel.dp_rank :: self.parallel.dp_size]
+        correct = [0] * len(mine)
+        for p, verdict in self._graded(tasks, num_samples, self.sampling):
+            correct[p] += verdict.correct
         ks = [k for k in (2**i for i in range(20)) if k <= num_samples]
         return {k: self._mean([pass_at_k(num_samples, c, k) for c in correct]) for k in ks}
 
-    def _correct(self, tasks: Sequence[Task], num_samples: int, sampling: SamplingConfig) -> list[int]:
-        """Count the correct responses to each of this replica's tasks."""
+    def _graded(self, tasks: Sequence[Task], num_samples: int, sampling: SamplingConfig) -> list[tuple[int, Verdict]]:
+        """Answer this replica's tasks; judge each response, with the index of its task among them."""
         self.parallel.watchdog.enter("evaluation")
         mine = tasks[self.parallel.dp_rank :: self.parallel.dp_size]
         prompts = [Prompt(task.id, self.format.prompt(task)) for task in mine]
         # No training step has this number, so evaluation never shares its random numbers with training.
         rollouts = self.engine.generate(prompts, num_samples, sampling, step=-1)
-        correct = [0] * len(mine)
-        graded = verdicts(rollouts, mine, self.tokenizer, self.grader)
-        for p, verdict in zip(rollouts.sequences.prompt_of_response_S.tolist(), graded, strict=True):
-            correct[p] += verdict.correct
-        return correct
+        graded = verdicts(rollouts, mine, self.tokenizer, self.grader, self.parallel)
+        return list(zip(rollouts.sequences.prompt_of_response_S.tolist(), graded, strict=True))
 
     def _mean(self, values: Sequence[float]) -> float:
         total = self.parallel.all_reduce(torch.tensor([sum(values), len(values)], dtype=torch.float64))
-        return float(total[0] / total[1])
+        return float(total[0] / total[1])  # NaN of nothing
 
 
 def pass_at_k(num_samples: int, num_correct: int, k: int) -> float:

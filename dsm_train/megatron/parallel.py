@@ -132,6 +132,14 @@ class Parallel:
             dist.broadcast(values, group=self.groups.mp, group_src=self.groups.mp.size() - self.groups.tp.size())
         return values
 
+    def object_from_replica_main(self, value: ValueT) -> ValueT:
+        """Broadcast the `value` of the rank that samples to its replica, likewise."""
+        values = [value]
+        if self.groups.mp.size() > 1:
+            source = self.groups.mp.size() - self.groups.tp.size()
+            dist.broadcast_object_list(values, group=self.groups.mp, group_src=source)
+        return values[0]
+
     def gather_vocabulary(self, shard_BV: Tensor) -> Tensor:
         """Gather the tensor-parallel shards [B, V / tp] side by side: [B, V], the same on each rank."""
         if self.groups.tp.size() == 1:

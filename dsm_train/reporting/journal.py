@@ -14,7 +14,7 @@ from dsm_train.eval.evaluate import Evaluator
 from dsm_train.megatron.parallel import Parallel
 from dsm_train.packing.microbatch import sequence_lengths
 from dsm_train.reporting.metrics import Samples
-from dsm_train.rollout.grading import read_samples, rollout_metrics
+from dsm_train.rollout.grading import read_samples, reward_metrics, rollout_metrics
 from dsm_train.rollout.record import write_rollouts
 from dsm_train.run import Loop
 from dsm_train.types import Rollouts
@@ -46,19 +46,22 @@ class Journal:
     """The step to record, from 1; 0: every step, in files of its own."""
     _flat: int = field(default=0, init=False)
     _cut_off: int = field(default=0, init=False)
+    _unjudged: int = field(default=0, init=False)
 
     def log(
         self, loop: Loop, step: int, tasks: Sequence[Task], rollouts: Rollouts, results: Sequence[StepResult]
     ) -> None:
         """Write down step `step` (from 0) of the loop. Collective."""
         number = step + 1
-        assert rollouts.reward_S is not None
-        rewards = torch.cat(self.parallel.gather_over_data(rollouts.reward_S))
+        assert rollouts.reward_S is not None and rollouts.reward_SF is not None
+        labels = self.evaluator.grader.config.labels
+        rewards = self.parallel.gather_over_data((rollouts.reward_S, rollouts.reward_SF))
+        reward_S, reward_SF = (torch.cat(parts) for parts in zip(*rewards, strict=True))
         logprob_T = rollouts.rollout_logprob_T  # replicas differ in tokens: their means may not be averaged
         sums = self.parallel.gather_over_data((float(logprob_T.double().sum()), len(logprob_T)))
-        values = self.parallel.average(rollout_metrics(rollouts)) | step_metrics(results)
+        values = reward_metrics(reward_S, reward_SF, labels)
+        values |= self.parallel.average(rollout_metrics(rollouts)) | step_metrics(results)
         values["rollout_logprob"] = sum(total for total, _ in sums) / max(1, sum(count for _, count in sums))
-        values["reward_std"] = float(rewards.std()) if len(rewards) > 1 else 0.0
         if not self.has_reference:
             del values["kl"]  # there is nothing to measure it against
         if self.record is not None and self.record_step in (0, number):
@@ -66,7 +69,8 @@ class Journal:
         if self.every and number % self.every == 0 and number < self.steps:
             values["heldout_accuracy"] = self.evaluator.greedy_accuracy(self.heldout)
         loop.log(values, tokens=int(sequence_lengths(rollouts.sequences).sum()), shown=SHOWN)
-        self.samples.log(number, read_samples(rollouts, tasks, self.tokenizer, self.evaluator.format, count=4))
+        samples = read_samples(rollouts, tasks, self.tokenizer, self.evaluator.format, labels, count=4)
+        self.samples.log(number, samples)
         self._warn(loop, number, values)
 
     def _record_of(self, number: int) -> Path:
@@ -74,9 +78,19 @@ class Journal:
         return self.record if self.record_step else self.record.with_stem(f"{self.record.stem}-{number}")
 
     def _warn(self, loop: Loop, number: int, values: dict[str, float]) -> None:
-        """Say once what has gone on for some steps."""
-        self._flat = self._flat + 1 if values["groups_without_spread"] == 1.0 else 0
+        """Say once what has gone on for some steps. Collective."""
+        unjudged = values["no_verdict"] > 0.5
+        self._flat = self._flat + 1 if values["groups_without_spread"] == 1.0 and not unjudged else 0
         self._cut_off = self._cut_off + 1 if values["finished"] < 0.5 else 0
+        self._unjudged = self._unjudged + 1 if unjudged else 0
+        if self._unjudged == PATIENCE:
+            troubles = self.parallel.gather_over_ranks(self.evaluator.grader.trouble)
+            last = next((f"; the last failure: {trouble}" for trouble in troubles if trouble is not None), "")
+            silent = [name.removeprefix("no_verdict_") for name in values if name.startswith("no_verdict_")]
+            loop.say(
+                f"{PATIENCE} steps to step {number}: {values['no_verdict']:.0%} of the responses got no verdict of "
+                f"{' or '.join(silent)}, and count for nothing{last}"
+            )
         if self._flat == PATIENCE:
             loop.say(
                 f"{PATIENCE} steps to step {number}: all responses to a question earned the same reward (mean "

@@ -114,6 +114,8 @@ class Sample:
     reward: float
     finish: str
     """Reason for its end: a stop token, the length limit, ..."""
+    parts: dict[str, float]
+    """Value of each reward function, by name."""
 
 
 class Samples:
@@ -123,7 +125,7 @@ class Samples:
         self._lines = _JsonLines(folder / "samples.jsonl" if folder else None)
 
     def log(self, step: int, samples: Iterable[Sample]) -> None:
-        """Append {"step", "prompt", "response", "answer", "reward", "finish"} for each sample."""
+        """Append {"step", "prompt", "response", "answer", "reward", "finish", "parts"} for each sample."""
         for sample in samples:
             self._lines.write({"step": step} | asdict(sample))
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from dsm_train.data.tasks import Task
-from dsm_train.rewards.config import RewardConfig
-from dsm_train.rewards.format import format_reward
-from dsm_train.rewards.numeric import numeric_reward
+from dsm_train.rewards.built_in import BUILT_IN
+from dsm_train.rewards.config import RewardConfig, RewardFunction
+from dsm_train.rewards.outcome import Failed, Returned
+from dsm_train.rewards.worker import Worker
 
 
 @dataclass(frozen=True)
@@ -16,29 +18,85 @@ class Verdict:
     """Judgement of one response."""
 
     reward: float
-    """The weighted sum of the configuration's parts, each 0.0 or 1.0: what training maximises."""
+    """Weighted sum of the functions' values, which training maximises; NaN: no verdict, to be left out."""
     correct: bool
-    """True when the response states the gold answer: what evaluation counts."""
+    """True when the first function gives at least 1: what evaluation counts."""
+    parts: tuple[float, ...]
+    """Value of each function, NaN where it gave no verdict; 0 for a response that was cut off, which none is asked."""
 
 
-@dataclass(frozen=True)
 class Grader:
-    """Judges responses by rule, as the configuration of rewards says."""
+    """Judges responses as the configuration of rewards says; functions of the user's run in a process of their own."""
 
-    config: RewardConfig
+    def __init__(self, config: RewardConfig, folders: Sequence[str] = ()) -> None:
+        """folders: where the modules of the user's functions are looked for first."""
+        self.config = config
+        self.trouble: str | None = None
+        """Reason why a function gave a whole batch no verdict, the last time that one did."""
+        self._calls = [function.call for function in config.functions if function.call is not None]
+        self._worker = Worker(self._calls, folders, config.timeout_seconds)
 
     def grade(self, responses: Sequence[str], tasks: Sequence[Task], finished: Sequence[bool]) -> list[Verdict]:
         """Judge each response to the task beside it; finished: False where the length limit cut it off.
 
-        Never raises for a response; `ValueError` for a task whose gold answer is no number.
+        Never raises for a response, nor for a function of the user's; `ValueError` for a task that `unreadable` names.
         """
-        return [self._verdict(*row) for row in zip(responses, tasks, finished, strict=True)]
+        rows = list(zip(responses, tasks, finished, strict=True))
+        asked = [row for row, (_, _, ended) in enumerate(rows) if ended or self.config.unfinished == "keep"]
+        completions, their_tasks = [responses[row] for row in asked], [tasks[row] for row in asked]
+        columns = [self._values(function, completions, their_tasks) for function in self.config.functions]
+        judged = dict(zip(asked, (self._verdict(parts) for parts in zip(*columns, strict=True)), strict=True))
+        cut_off = Verdict(0.0, False, (0.0,) * len(columns))
+        return [judged.get(row, cut_off) for row in range(len(rows))]
 
-    def _verdict(self, response: str, task: Task, finished: bool) -> Verdict:
-        if not finished and self.config.unfinished != "keep":
-            return Verdict(reward=0.0, correct=False)
-        stated = numeric_reward(response, task.answer)
-        reward = self.config.numeric * stated
-        if self.config.format:
-            reward += self.config.format * format_reward(response)
-        return Verdict(reward, correct=stated == 1.0)
+    def unreadable(self, task: Task) -> str | None:
+        """Say why a built-in reward cannot read this task's gold answer; None where all can."""
+        reasons = (BUILT_IN[f.name].unreadable(task) for f in self.config.functions if f.name is not None)
+        return next((reason for reason in reasons if reason is not None), None)
+
+    def try_functions(self, task: Task) -> None:
+        """Import the user's functions and call each with a right completion of a task.
+
+        It is given twice, so that one value for all is noticed. Raises ValueError with what is wrong, and where.
+        """
+        example = task.solution or task.answer
+        for number, function in enumerate(self.config.functions, start=1):
+            if function.call is None:
+                continue
+            outcome = self._call(function.call, [example] * 2, [task] * 2)
+            if isinstance(outcome, Failed):
+                self.close()
+                raise ValueError(f"item {number} of rewards.functions, {function.call}: {outcome.reason}")
+
+    def close(self) -> None:
+        """End the process of the user's functions. A later batch starts another."""
+        self._worker.close()
+
+    def _values(self, function: RewardFunction, completions: list[str], tasks: list[Task]) -> Sequence[float]:
+        """Ask one function; NaN for no verdict."""
+        if function.name is not None:
+            judge = BUILT_IN[function.name].judge
+            values: Sequence[float | None] = [judge(*pair) for pair in zip(completions, tasks, strict=True)]
+        else:
+            outcome = self._call(function.call, completions, tasks) if completions else Returned(())
+            if isinstance(outcome, Failed):
+                self.trouble = f"{function.call}: {outcome.reason}"
+                return [math.nan] * len(completions)
+            values = outcome.values
+        return [math.nan if value is None else _within_fp32(value) for value in values]
+
+    def _call(self, call: str | None, completions: list[str], tasks: list[Task]) -> Returned | Failed:
+        assert call is not None
+        return self._worker.call(self._calls.index(call), completions, tasks)
+
+    def _verdict(self, parts: tuple[float, ...]) -> Verdict:
+        weighted = (function.weight * part for function, part in zip(self.config.functions, parts, strict=True))
+        reward = _within_fp32(sum(weighted))
+        if math.isnan(reward) and self.config.no_verdict == "zero":
+            reward = 0.0
+        return Verdict(reward, parts[0] >= 1.0, parts)
+
+
+def _within_fp32(value: float) -> float:
+    """Return the value, or NaN where it is infinite or would be in a tensor."""
+    return value if abs(value) < 3.4e38 else math.nan

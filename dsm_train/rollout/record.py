@@ -6,7 +6,8 @@
 | prompt_id | int64 | task number of the prompt |
 | prompt_token, response_token | list of int64 | |
 | finish | string | "stop" or "length" |
-| reward | float | null until scored |
+| reward | float | null until scored; NaN: no verdict |
+| reward_parts | list of float, one per reward function | null until scored; NaN: no verdict |
 | rollout_logprob, margin, ref_logprob, old_logprob | list of float, one per response token | null if not computed |
 
 The schema's metadata hold the format's version and the weight version. P prompts, S responses, T response tokens.
@@ -81,6 +82,11 @@ def _to_table(rollouts: Rollouts) -> pa.Table:
     columns["reward"] = (
         pa.nulls(sequences.num_responses, pa.float32()) if reward_S is None else pa.array(reward_S.numpy())
     )
+    parts_SF = rollouts.reward_SF
+    if parts_SF is None:
+        columns["reward_parts"] = pa.nulls(sequences.num_responses, pa.list_(pa.float32()))
+    else:
+        columns["reward_parts"] = _lists(parts_SF.flatten(), offsets([parts_SF.shape[1]] * len(parts_SF)))
     for name in _PER_TOKEN:
         value_T: Tensor | None = getattr(rollouts, f"{name}_T")
         if value_T is not None and value_T.numel() == sequences.response_token_T.numel():
@@ -97,8 +103,13 @@ def _from_table(table: pa.Table, weight_version: int) -> Rollouts:
     first_P = pa.array(group_cu[:-1].numpy())  # the first response of each group
     prompt_token, prompt_cu = _tensors(columns["prompt_token"].take(first_P))
     response_token_T, response_cu = _tensors(columns["response_token"])
-    computed = {name: columns[name] for name in (*_PER_TOKEN, "reward") if columns[name].null_count < table.num_rows}
+    optional = (*_PER_TOKEN, "reward", "reward_parts")
+    present = [name for name in optional if name in columns and columns[name].null_count < table.num_rows]
+    computed = {name: columns[name] for name in present}
     scored = {"reward_S": _tensor(computed.pop("reward"))} if "reward" in computed else {}
+    if "reward_parts" in computed:
+        parts, _ = _tensors(computed.pop("reward_parts"))
+        scored["reward_SF"] = parts.view(table.num_rows, -1)
     return Rollouts(
         sequences=Sequences(prompt_token, prompt_cu, response_token_T, response_cu, group_cu),
         prompt_id_P=_tensor(columns["prompt_id"].take(first_P)),

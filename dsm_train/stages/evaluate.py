@@ -12,6 +12,7 @@ from dsm_train.data.tasks import Task
 from dsm_train.eval.evaluate import Evaluator
 from dsm_train.megatron.step import Model
 from dsm_train.prepare import check_lengths, prepare
+from dsm_train.reporting.metrics import json_safe
 from dsm_train.rollout.embedded import EmbeddedEngine
 from dsm_train.run import start
 from dsm_train.types import Prompt
@@ -26,12 +27,15 @@ def evaluate(config: EvaluateConfig) -> None:
         model = Model.build(job.language_model(), job.parallel)
         engine = EmbeddedEngine(model, tokenizer.stop_ids, config.run.seed)
         evaluator = Evaluator(engine, tokenizer, questions.format, job.parallel, config.sampling, questions.grader)
-        result: dict[str, Any] = {"tasks": len(heldout), "greedy_accuracy": evaluator.greedy_accuracy(heldout)}
+        greedy = evaluator.greedy(heldout)
+        result: dict[str, Any] = {"tasks": len(heldout), "greedy_accuracy": greedy.accuracy, "reward": greedy.reward}
+        if greedy.no_verdict:
+            result["no_verdict"] = greedy.no_verdict
         if config.eval.samples:
             result["pass_at_k"] = evaluator.pass_at_k(heldout, config.eval.samples)
-        job.say(json.dumps(result))
+        job.say(json.dumps(json_safe(result)))
         if job.parallel.is_main and config.run.out is not None:
-            (config.run.out / "eval.json").write_text(json.dumps(result, indent=2) + "\n")
+            (config.run.out / "eval.json").write_text(json.dumps(json_safe(result), indent=2) + "\n")
 
 
 def generate(config: GenerateConfig) -> None:

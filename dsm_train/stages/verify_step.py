@@ -142,7 +142,7 @@ def check_batch_fits(rollouts: Rollouts, config: VerifyStepConfig, algo: Algorit
     if rollouts.reward_S is None:
         raise ValueError(f"{name} holds no rewards: record it with dsm-train grpo ... record=FILE")
     rewards = rollouts.reward_S.split(sequences.group_cu.diff().tolist())
-    if all(bool((reward_G == reward_G[0]).all()) for reward_G in rewards):
+    if all(len(reward_G[~reward_G.isnan()].unique()) < 2 for reward_G in rewards):
         raise ValueError(
             f"{name} teaches nothing, as the rewards of each group are all equal, and there is nothing but rounding to "
             "compare: record another step, with record_step=N"

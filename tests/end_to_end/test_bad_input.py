@@ -42,7 +42,7 @@ def test_a_process_prints_one_line_and_fails(tmp_path: Path) -> None:
         (["run.out="], ["run.out", "a path", "''"]),
         (["data.heldout_tasks=1000000"], ["data.heldout_tasks must be 1 to", "1000000"]),
         (["parallel.vpp=2"], ["parallel.vpp", "pp is 1"]),
-        (["rewards.numeric=0"], ["numeric", "format"]),
+        (["rewards.functions=[{name: numeric, weight: 0}]"], ["rewards.functions", "weighted other than 0"]),
         (["steps=0"], ["steps", "at least 1", "got 0"]),
         (["optim.lr=-1"], ["optim.lr", "above 0", "-1"]),
     ],

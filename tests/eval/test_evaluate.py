@@ -15,7 +15,7 @@ from dsm_train.data.tokenizer import Tokenizer, train_tokenizer
 from dsm_train.eval.evaluate import Evaluator, pass_at_k
 from dsm_train.megatron.parallel import Parallel
 from dsm_train.megatron.step import Model
-from dsm_train.rewards import RewardConfig
+from dsm_train.rewards import RewardConfig, RewardFunction
 from dsm_train.rewards.grader import Grader
 from dsm_train.rollout.config import SamplingConfig
 from dsm_train.types import Prompt, Rollouts, Sequences
@@ -75,7 +75,7 @@ def test_the_grader_says_what_is_correct(
 ) -> None:
     engine = Scripted(tokenizer, [1, 0, 1, 1, 0, 1, 0], finished=False)
     # a weight of the answer that is not 1 makes no answer wrong
-    grader = Grader(RewardConfig(numeric=0.5, unfinished=unfinished))
+    grader = Grader(RewardConfig((RewardFunction("numeric", weight=0.5),), unfinished=unfinished))
     assert Evaluator(engine, tokenizer, PlainFormat(tokenizer, "{question}"), layout, SAMPLING, grader).greedy_accuracy(
         TASKS
     ) == pytest.approx(share)

@@ -62,7 +62,7 @@ def test_other_ranks_write_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.chdir(tmp_path)
     metrics, samples = Metrics(None), Samples(None)
     metrics.log(1, "grpo", {"reward": 1.0})
-    samples.log(1, [Sample("p", "r", "a", 1.0, "stop")])
+    samples.log(1, [Sample("p", "r", "a", 1.0, "stop", {"numeric": 1.0})])
     metrics.close()
     samples.close()
     with Progress("grpo", 1, None) as progress:
@@ -72,12 +72,19 @@ def test_other_ranks_write_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 def test_samples_keep_the_text_as_it_is(tmp_path: Path):
     samples = Samples(tmp_path)
-    samples.log(7, [Sample("1+1=", "2\u2028\n", "2", 1.0, "stop"), Sample("é", "", "3", math.nan, "length")])
+    samples.log(
+        7,
+        [
+            Sample("1+1=", "2\u2028\n", "2", 1.0, "stop", {"numeric": 1.0}),
+            Sample("é", "", "3", math.nan, "length", {"numeric": math.nan}),
+        ],
+    )
     samples.close()
     lines = (tmp_path / "samples.jsonl").read_text(encoding="utf-8").split("\n")[:-1]
     expected = {"step": 7, "prompt": "1+1=", "response": "2\u2028\n", "answer": "2", "reward": 1.0, "finish": "stop"}
-    assert json.loads(lines[0]) == expected
-    assert json.loads(lines[1])["reward"] is None and "é" in lines[1]
+    assert json.loads(lines[0]) == expected | {"parts": {"numeric": 1.0}}
+    second = json.loads(lines[1])
+    assert second["reward"] is None and second["parts"] == {"numeric": None} and "é" in lines[1]
 
 
 def test_output_folder_is_created_and_left_empty(tmp_path: Path):

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from dsm_train.rewards import RewardConfig, extract_number, format_reward, numeric, numeric_reward, parse_number
+from dsm_train.rewards import extract_number, format_reward, numeric, numeric_reward, parse_number
 
 
 @pytest.mark.parametrize(
@@ -319,12 +319,6 @@ def test_format_pattern_can_be_given() -> None:
     assert format_reward("<think>x</think>\n<answer>5</answer>", pattern) == 1.0
     assert format_reward("<answer>4</answer>\n<answer>5</answer>", pattern) == 0.0
     assert format_reward("#### 5", pattern) == 0.0
-
-
-@pytest.mark.parametrize("weights", [(-1.0, 1.0), (float("nan"), 0.0), (1.0, float("inf")), (0.0, 0.0)])
-def test_weights_that_teach_nothing_are_refused(weights: tuple[float, float]) -> None:
-    with pytest.raises(ValueError, match="^(numeric|format) must be (a finite|above 0 when)"):
-        RewardConfig(*weights)
 
 
 def test_the_documented_examples_are_read_so() -> None:
