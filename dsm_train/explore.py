@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from dsm_train.configs import GrpoConfig
-from dsm_train.data.source import draw, occurrences
+from dsm_train.data.order import draw, occurrences
 from dsm_train.data.tasks import Task
 from dsm_train.megatron.parallel import Parallel
 from dsm_train.megatron.step import Model
@@ -20,7 +20,8 @@ def explore(
     engine: RolloutEngine, questions: Questions, config: GrpoConfig, parallel: Parallel, step: int
 ) -> tuple[list[Task], Rollouts]:
     """Draw this replica's share of the step's questions, and sample a group of responses to each."""
-    drawn = draw(questions.tasks.train, config.algorithm.prompts_per_step, step, config.run.seed)
+    prompts_per_step, weights = config.algorithm.prompts_per_step, config.data.weights
+    drawn = draw(questions.tasks.train, prompts_per_step, step, config.run.seed, weights)
     # Counted over the whole stage, before replicas take their shares: random numbers do not depend on the layout.
     tasks, times = parallel.share(drawn), parallel.share(occurrences(drawn))
     prompts = [Prompt(task.id, questions.format.prompt(task), n) for task, n in zip(tasks, times, strict=True)]

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from dsm_train.config import ParallelConfig
-from dsm_train.configs import GrpoConfig, SftConfig, StageConfig
+from dsm_train.configs import EvaluateConfig, GrpoConfig, SftConfig, StageConfig
 from dsm_train.course import DEFAULT_BATCH, Course, course_notes, plan
 from dsm_train.data.format import Format
 from dsm_train.data.source import (
@@ -17,7 +17,10 @@ from dsm_train.data.source import (
     make_format,
     make_tokenizer,
     repetition_note,
+    split_note,
+    unreadable_note,
     without_too_long,
+    without_unreadable,
 )
 from dsm_train.data.tasks import Task
 from dsm_train.data.tokenizer import Tokenizer
@@ -67,7 +70,10 @@ def prepare(config: ConfigT, sampling: SamplingConfig | None) -> tuple[ConfigT, 
         check_batch(config.parallel, "the batch of supervised training", config.supervised.batch or DEFAULT_BATCH)
     # Supervised training reads its tasks, and answers held-out ones alone.
     answered = not isinstance(config, SftConfig)
-    notes: list[str | None] = [source.note(config.given) if source is not None else None]
+    notes: list[str | None] = [source.note(config.given) if source is not None else None, *tasks.notes]
+    notes.append(split_note(config.data) if isinstance(config, EvaluateConfig) else None)
+    tasks, unread = graded(config, tasks, grader)
+    notes.append(unread)
     if sampling is not None and config.data.too_long == "skip":
         room = min(config.model.max_length, config.run.max_tokens) - sampling.max_new_tokens
         tasks, left_out = without_too_long(tasks, format, room, answered=answered)
@@ -93,6 +99,17 @@ def make_grader(config: StageConfig) -> Grader:
     return Grader(config.rewards, list(dict.fromkeys(map(str, folders))))
 
 
+def graded(config: StageConfig, tasks: Tasks, grader: Grader) -> tuple[Tasks, str | None]:
+    """Refuse or leave out tasks that the stage would grade and no reward can read, with the line that says so.
+
+    Supervised training leaves none out: it learns from solutions, and grades where it can.
+    """
+    if isinstance(config, SftConfig):
+        return tasks, unreadable_note(tasks.heldout, grader)
+    sides = {GrpoConfig: ("train", "heldout"), EvaluateConfig: ("heldout",)}.get(type(config), ())
+    return without_unreadable(tasks, grader, sides, skip=config.data.unreadable == "skip")
+
+
 def check_batch(layout: ParallelConfig, name: str, size: int, minibatches: int = 1) -> None:
     """Raise `ValueError` unless a batch splits evenly over data-parallel replicas and minibatches."""
     replicas = layout.replicas(parallel.world_size())
@@ -108,12 +125,12 @@ def check_lengths(config: StageConfig, sampling: SamplingConfig, tasks: Sequence
     lengths = [(len(format.prompt(task)), task) for task in tasks]
     shortest, task = min(lengths, key=lambda item: item[0])
     if shortest == 0:
-        raise ValueError(f"the prompt of task {task.id} has no token: there is nothing to continue")
+        raise ValueError(f"the prompt of {task.label} has no token: there is nothing to continue")
     longest, task = max(lengths, key=lambda item: item[0])
     total, limit = longest + sampling.max_new_tokens, config.model.max_length
     if total > limit:
         raise ValueError(
-            f"the prompt of task {task.id} has {longest} tokens, and with sampling.max_new_tokens = "
+            f"the prompt of {task.label} has {longest} tokens, and with sampling.max_new_tokens = "
             f"{sampling.max_new_tokens} exceeds model.max_length = {limit}: lower the one or raise the other, "
             f"or leave such prompts out with data.too_long=skip: {task.question[:60]!r}..."
         )

@@ -19,10 +19,24 @@ class DataConfig:
 
     source: Literal["generated", "file"] | None = None
     """Source of the questions; none: path where it is given, else the generator. A recipe may insist on one."""
-    path: Path | None = None
-    """JSONL file of training questions (GSM8K's format)."""
-    heldout_path: Path | None = None
-    """JSONL file of held-out questions, none of which is trained on; none: heldout_tasks of path."""
+    path: tuple[Path, ...] | None = None
+    """Files of training questions, or one: JSON Lines, or Parquet (docs/data.md)."""
+    heldout_path: tuple[Path, ...] | None = None
+    """Files of held-out questions, none of which is trained on; none: heldout_tasks of path."""
+    weights: tuple[float, ...] = ()
+    """Share of each file of path in the training questions that are drawn; none: all questions alike."""
+    question_field: str | None = None
+    """Field of the question, here as below with dots into objects; none: question, or messages in rows without it."""
+    messages_field: str | None = None
+    """Field of a conversation [{role, content}, ...], whose last user's message is the question; none: messages."""
+    answer_field: str | None = "answer"
+    """Field of the gold answer, a text or a number; GSM8K's has the solution before "####". null: there is none."""
+    solution_field: str | None = None
+    """Field of the worked solution; none: the conversation's last answer, or what stands before "####"."""
+    id_field: str | None = "id"
+    """Field of the row's own id, a text or a number."""
+    unreadable: Literal["error", "skip"] = "error"
+    """A gold answer that no reward can read ends the start, or its task is left out, which is said."""
     prompt_template: str | None = None
     """Prompt made from a question; none: "Question: {question}\\nAnswer:" for files, the question alone otherwise."""
     chat: bool = False
@@ -52,13 +66,24 @@ class DataConfig:
         require("{question}" in template, "prompt_template", "text with {question} in it", repr(template))
         rule = "text whose line breaks are real: $'...\\n...' in a shell, \"...\\n...\" in a recipe"
         require(not _UNREAD_NEWLINE.search(template), "prompt_template", rule, template)
-        require(
-            self.heldout_path is None or self.path is not None, "heldout_path", "given with path", self.heldout_path
-        )
+        self._check_files()
         require(self.system is None or self.chat, "system", "left out without chat", repr(self.system))
-        require(self.source != "generated" or self.path is None, "path", "left out when source is generated", self.path)
         rule = f"left out beside tokenizer = {self.tokenizer}, which has its own"
         require(self.vocab_size is None or self.tokenizer is None, "vocab_size", rule, self.vocab_size)
+
+    def _check_files(self) -> None:
+        path, heldout = (paths and ", ".join(map(str, paths)) for paths in (self.path, self.heldout_path))
+        require(self.path != (), "path", "a file, or a list of files", "an empty list")
+        require(self.heldout_path != (), "heldout_path", "a file, or a list of files", "an empty list")
+        require(heldout is None or path is not None, "heldout_path", "given with path", heldout)
+        require(self.source != "generated" or path is None, "path", "left out when source is generated", path)
+        rule = f"one number for each of the {len(self.path or ())} files of path"
+        require(len(self.weights) in (0, len(self.path or ())), "weights", rule, list(self.weights))
+        require(all(weight > 0 for weight in self.weights), "weights", "above 0", list(self.weights))
+        both = self.question_field is not None and self.messages_field is not None
+        require(
+            not both, "messages_field", f"left out beside question_field = {self.question_field}", self.messages_field
+        )
 
     @property
     def template(self) -> str:

@@ -1,4 +1,4 @@
-"""The tasks and the tokenizer of a stage, and the order in which tasks are drawn."""
+"""The tasks and the tokenizer of a stage."""
 
 from __future__ import annotations
 
@@ -6,15 +6,18 @@ import hashlib
 import random
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+from dsm_train.config import require
 from dsm_train.data.arithmetic import arithmetic_tasks, count_tasks
 from dsm_train.data.config import DataConfig
+from dsm_train.data.files import read_tasks
 from dsm_train.data.format import ChatFormat, Format, PlainFormat
-from dsm_train.data.jsonl import read_jsonl
+from dsm_train.data.order import shares
 from dsm_train.data.tasks import Task
 from dsm_train.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
+from dsm_train.rewards.grader import Grader
 
 HELDOUT_TASKS, VOCAB_SIZE = 500, 320
 """Held-out tasks, and entries of a trained tokenizer, where the configuration leaves them open."""
@@ -26,6 +29,8 @@ class Tasks:
 
     train: tuple[Task, ...]
     heldout: tuple[Task, ...]
+    notes: tuple[str, ...] = ()
+    """Lines about them that the user should read at start."""
 
 
 def load_tasks(config: DataConfig) -> Tasks:
@@ -40,12 +45,17 @@ def load_tasks(config: DataConfig) -> Tasks:
     return Tasks(tuple(train), tuple(arithmetic_tasks(config.kinds, "heldout", count=count, **options)))
 
 
-def _from_files(config: DataConfig, path: Path) -> Tasks:
-    """Split a file by a hash of the question, or take the held-out tasks from a file of their own."""
-    tasks = read_jsonl(path)
+def _from_files(config: DataConfig, paths: Sequence[Path]) -> Tasks:
+    """Split the files by a hash of the question, or take the held-out tasks from files of their own."""
+    tasks = _read(paths, config, "data.path")
     if config.heldout_path is not None:
-        heldout = read_jsonl(config.heldout_path)
-        kept_out = heldout
+        heldout = kept_out = _read(config.heldout_path, config, "data.heldout_path")
+        require(
+            len(heldout) >= (config.heldout_tasks or 1),
+            "data.heldout_tasks",
+            f"at most {len(heldout)}, the number of tasks in {_names(config.heldout_path)}",
+            config.heldout_tasks,
+        )
     else:
         count = config.heldout_tasks or min(HELDOUT_TASKS, max(1, len(tasks) // 10))
         heldout = kept_out = sorted(tasks, key=_place)[:count]
@@ -53,20 +63,100 @@ def _from_files(config: DataConfig, path: Path) -> Tasks:
     train = [task for task in tasks if task.key not in asked]
     if not train:
         remedy = (
-            "give another" if config.heldout_path else f"{path} has {len(tasks)}: lower data.heldout_tasks, or give"
+            "give another"
+            if config.heldout_path
+            else f"{_names(paths)} has {len(tasks)}: lower data.heldout_tasks, or give"
         )
         raise ValueError(f"the {len(heldout)} held-out tasks leave nothing to train on; {remedy} data.heldout_path")
     if len(train) < (config.train_tasks or 1):
         raise ValueError(
-            f"data.train_tasks = {config.train_tasks}, and {path} has {len(train)} that are not held out: lower it"
+            f"data.train_tasks = {config.train_tasks}, and {_names(paths)} has {len(train)} that are not held out: "
+            "lower it"
         )
     random.Random(config.seed).shuffle(train)
-    return Tasks(tuple(train[: config.train_tasks]), tuple(heldout[: config.heldout_tasks]))
+    train = train[: config.train_tasks]
+    if config.weights:
+        _check_shares(train, paths, config.weights)
+    repeated = _repeated(train)
+    notes = (f"{repeated} training tasks ask a question of another file as well; all are kept",) if repeated else ()
+    return Tasks(tuple(train), tuple(heldout[: config.heldout_tasks]), notes)
+
+
+def _read(paths: Sequence[Path], config: DataConfig, key: str) -> list[Task]:
+    """Read all tasks of the files that the configuration names under `key`."""
+    try:
+        return [task for file, path in enumerate(paths) for task in read_tasks(path, config, file)]
+    except ValueError as error:
+        raise ValueError(f"{key}: {error}") from error
+
+
+def _names(paths: Sequence[Path]) -> str:
+    return ", ".join(map(str, paths))
+
+
+def _check_shares(train: Sequence[Task], paths: Sequence[Path], weights: Sequence[float]) -> None:
+    """Raise `ValueError` for a file of which nothing would be drawn."""
+    sizes = Counter(task.file for task in train)
+    for file, path in enumerate(paths):
+        if not sizes[file]:
+            raise ValueError(f"data.weights: no task of {path} is left to train on, all are held out: leave it out")
+        if not shares(len(train), weights)[file]:
+            raise ValueError(
+                f"data.weights = {list(weights)} draw less than one task of {path} in {len(train)}: raise its weight"
+            )
+
+
+def _repeated(tasks: Sequence[Task]) -> int:
+    """Count the tasks whose question stands in an earlier file."""
+    first: dict[str, int] = {}
+    for task in tasks:
+        first[task.key] = min(task.file, first.get(task.key, task.file))
+    return sum(task.file != first[task.key] for task in tasks)
 
 
 def _place(task: Task) -> tuple[bytes, int]:
     """Sort key by a hash of the question: the same order for every seed, template and file."""
     return hashlib.sha256(task.key.encode()).digest(), task.id
+
+
+def readable(tasks: Sequence[Task], grader: Grader) -> list[Task]:
+    """Select the tasks whose gold answer a reward can read."""
+    return [task for task in tasks if grader.unreadable(task) is None]
+
+
+def unreadable_note(tasks: Sequence[Task], grader: Grader) -> str | None:
+    """Say on how many held-out tasks accuracy is measured, where no reward can read the gold answers of all."""
+    kept = len(readable(tasks, grader))
+    if kept == len(tasks):
+        return None
+    return f"accuracy is measured on {kept} of {len(tasks)} held-out tasks: no reward can read the others' gold answer"
+
+
+def without_unreadable(tasks: Tasks, grader: Grader, sides: Sequence[str], skip: bool) -> tuple[Tasks, str | None]:
+    """Leave out the tasks of these sides (train, heldout) whose gold answer no reward can read, and say so in a line.
+
+    Raises `ValueError` with the first one unless `skip`, and where none is left.
+    """
+    left, said = tasks, []
+    for side in sides:
+        asked: tuple[Task, ...] = getattr(tasks, side)
+        kept = tuple(readable(asked, grader))
+        if len(kept) == len(asked):
+            continue
+        # in the order of the files, not in that of drawing
+        first = min((task for task in asked if grader.unreadable(task) is not None), key=lambda task: task.id)
+        name = "training" if side == "train" else "held-out"
+        count = f"{len(asked) - len(kept)} of {len(asked)} {name} tasks"
+        if not skip or not kept:
+            remedy = (
+                "correct them, or leave them out with data.unreadable=skip" if kept else "set rewards.* to read them"
+            )
+            raise ValueError(f"{first.label}: {grader.unreadable(first)}; no reward can read {count}: {remedy}")
+        left = replace(left, **{side: kept})
+        said.append(f"{count}, the first at {first.label}: {grader.unreadable(first)}")
+    if not said:
+        return tasks, None
+    return left, f"data.unreadable = skip: left out are {'; and '.join(said)}"
 
 
 def without_too_long(tasks: Tasks, format: Format, longest: int, *, answered: bool = True) -> tuple[Tasks, str | None]:
@@ -79,7 +169,8 @@ def without_too_long(tasks: Tasks, format: Format, longest: int, *, answered: bo
     def fitting(side: Sequence[Task]) -> tuple[Task, ...]:
         return tuple(task for task in side if len(format.prompt(task)) <= longest)
 
-    left = Tasks(fitting(tasks.train) if answered else tasks.train, fitting(tasks.heldout))
+    train = fitting(tasks.train) if answered else tasks.train
+    left = replace(tasks, train=train, heldout=fitting(tasks.heldout))
     skipped = [len(tasks.train) - len(left.train), len(tasks.heldout) - len(left.heldout)]
     if not left.train or not left.heldout:
         raise ValueError(
@@ -122,6 +213,16 @@ def make_format(config: DataConfig, tokenizer: Tokenizer) -> Format:
     return chat
 
 
+def split_note(config: DataConfig) -> str | None:
+    """Say that held-out tasks cut from the training file are unseen only where training cut off as many."""
+    if config.path is None or config.heldout_path is not None:
+        return None
+    return (
+        f"the held-out tasks are a part of {_names(config.path)}: training on it has not seen them only if it held out "
+        "as many or more (data.heldout_tasks)"
+    )
+
+
 def repetition_note(tasks: Sequence[Task], prompts_per_step: int) -> str | None:
     """Say that a step asks questions more than once, where there are fewer than it needs; None where it does not."""
     if len(tasks) >= prompts_per_step:
@@ -136,26 +237,3 @@ def repetition_note(tasks: Sequence[Task], prompts_per_step: int) -> str | None:
 def solved(tasks: Sequence[Task], count: int | None) -> list[Task]:
     """Select the first `count` tasks with a worked solution, for supervised training; None: all."""
     return [task for task in tasks if task.solution is not None][:count]
-
-
-def occurrences(tasks: Sequence[Task]) -> list[int]:
-    """Count how often each task came before among `tasks`, so that a task drawn twice gets two different groups."""
-    seen: Counter[int] = Counter()
-    counts = []
-    for task in tasks:
-        counts.append(seen[task.id])
-        seen[task.id] += 1
-    return counts
-
-
-def draw(tasks: Sequence[Task], count: int, step: int, seed: int) -> list[Task]:
-    """Draw the tasks of one step: the next `count` of endless shuffled passes, a function of the arguments alone."""
-    orders: dict[int, list[int]] = {}
-    drawn = []
-    for position in range(step * count, (step + 1) * count):
-        epoch, index = divmod(position, len(tasks))
-        if epoch not in orders:
-            orders[epoch] = list(range(len(tasks)))
-            random.Random(f"{seed}/{epoch}").shuffle(orders[epoch])
-        drawn.append(tasks[orders[epoch][index]])
-    return drawn

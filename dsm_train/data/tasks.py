@@ -41,6 +41,11 @@ class Task:
     """All other fields of its row (tests, choices, ...), for rewards."""
 
     @property
+    def label(self) -> str:
+        """The task as a person finds it: file and line, or its number, and the row's own id."""
+        return (self.place or f"task {self.id}") + (f" ({self.name})" if self.name else "")
+
+    @property
     def key(self) -> str:
         """The question as it is compared: two tasks that differ in case, blanks or Unicode form ask the same."""
         said = "\n".join([*(turn.content for turn in self.turns), self.question])

@@ -116,6 +116,8 @@ class Sample:
     """Reason for its end: a stop token, the length limit, ..."""
     parts: dict[str, float]
     """Value of each reward function, by name."""
+    task: str
+    """Place of the question: file and line, with the row's own id."""
 
 
 class Samples:
@@ -125,7 +127,7 @@ class Samples:
         self._lines = _JsonLines(folder / "samples.jsonl" if folder else None)
 
     def log(self, step: int, samples: Iterable[Sample]) -> None:
-        """Append {"step", "prompt", "response", "answer", "reward", "finish", "parts"} for each sample."""
+        """Append {"step", "prompt", "response", "answer", "reward", "finish", "parts", "task"} for each sample."""
         for sample in samples:
             self._lines.write({"step": step} | asdict(sample))
 

@@ -81,6 +81,7 @@ def read_samples(
                 float(rollouts.reward_S[s]),
                 "stop" if rollouts.finished_S[s] else "length",
                 dict(zip(labels, rollouts.reward_SF[s].tolist(), strict=True)),
+                task.label,
             )
         )
     return samples

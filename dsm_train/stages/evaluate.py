@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from typing import Any
 
 from dsm_train.cli import user_errors
@@ -43,6 +44,8 @@ def generate(config: GenerateConfig) -> None:
     with user_errors("dsm-train generate"):
         config, questions = prepare(config, None if config.prompts else config.sampling)
         tokenizer = questions.tokenizer
+        if not config.prompts:
+            questions = replace(questions, notes=(*questions.notes, "no prompts are given: held-out tasks are asked"))
         asked = [Task(i, text) for i, text in enumerate(config.prompts)] or questions.tasks.heldout[:4]
         check_lengths(config, config.sampling, asked, questions.format)
     with start(config, "generate", questions, trains=False) as job:

@@ -93,14 +93,15 @@ def test_a_vocabulary_that_does_not_divide() -> None:
     [
         ('{"question": "q", "answer": "1"}\n{"question": "q"', [":2:", "JSON"]),
         ('{"question": "q", "answer": "1"}\n\n{"question": "q"}', [":3:", "'answer'"]),
-        ('{"question": "q", "answer": "no number"}', [":1:", "number"]),
+        ('{"question": "q", "answer": "1"}\n{"question": "r", "answer": "no number"}', [":2:", "number"]),
         ("", ["no task"]),
     ],
     ids=["not JSON", "no answer", "no number", "empty"],
 )
 def test_malformed_data(text: str, words: list[str], tmp_path: Path, capsys: Capsys) -> None:
     (tmp_path / "data.jsonl").write_text(text)
-    line = refused(capsys, "grpo", *GRPO, f"run.out={tmp_path / 'run'}", f"data.path={tmp_path / 'data.jsonl'}")
+    line = refused(capsys, "grpo", *GRPO, f"run.out={tmp_path / 'run'}", f"data.path={tmp_path / 'data.jsonl'}",
+                   "data.heldout_tasks=1")  # fmt: skip
     assert "data.jsonl" in line and all(word in line for word in words), line
 
 
@@ -115,7 +116,7 @@ def test_a_prompt_longer_than_the_limit(tmp_path: Path, capsys: Capsys) -> None:
     data.write_text(rows)
     line = refused(capsys, "grpo", *GRPO, f"run.out={tmp_path / 'run'}", f"data.path={data}", "data.heldout_tasks=5",
                    "model.max_length=150", "run.max_tokens=1000")  # fmt: skip
-    assert "task 21 " in line and "model.max_length = 150" in line and "1234512345" in line
+    assert "data.jsonl:21 " in line and "model.max_length = 150" in line and "1234512345" in line
     assert not (tmp_path / "run").exists()
 
 
@@ -127,7 +128,7 @@ def test_a_solution_longer_than_a_micro_batch(arguments: list[str], tmp_path: Pa
     long = {"question": "How long?", "answer": "12345" * 30 + "\n#### 1"}
     data.write_text(data.read_text() + json.dumps(long) + "\n")
     common = [*GRPO, f"run.out={tmp_path / 'run'}", f"data.path={data}", f"data.heldout_path={heldout}", "steps=1",
-              "model.max_length=120", "run.max_tokens=120"]  # fmt: skip
+              "data.heldout_tasks=5", "model.max_length=120", "run.max_tokens=120"]  # fmt: skip
     if arguments:
         line = refused(capsys, "grpo", *common, *arguments)
         assert "task 21," in line and "model.max_length = 120" in line, line

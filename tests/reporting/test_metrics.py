@@ -7,6 +7,7 @@ import json
 import math
 import os
 import stat
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +63,7 @@ def test_other_ranks_write_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.chdir(tmp_path)
     metrics, samples = Metrics(None), Samples(None)
     metrics.log(1, "grpo", {"reward": 1.0})
-    samples.log(1, [Sample("p", "r", "a", 1.0, "stop", {"numeric": 1.0})])
+    samples.log(1, [Sample("p", "r", "a", 1.0, "stop", {"numeric": 1.0}, "a.jsonl:1")])
     metrics.close()
     samples.close()
     with Progress("grpo", 1, None) as progress:
@@ -72,17 +73,11 @@ def test_other_ranks_write_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 def test_samples_keep_the_text_as_it_is(tmp_path: Path):
     samples = Samples(tmp_path)
-    samples.log(
-        7,
-        [
-            Sample("1+1=", "2\u2028\n", "2", 1.0, "stop", {"numeric": 1.0}),
-            Sample("é", "", "3", math.nan, "length", {"numeric": math.nan}),
-        ],
-    )
+    first = Sample("1+1=", "2\u2028\n", "2", 1.0, "stop", {"numeric": 1.0}, "a.jsonl:1 (x)")
+    samples.log(7, [first, Sample("é", "", "3", math.nan, "length", {"numeric": math.nan}, "task 2")])
     samples.close()
     lines = (tmp_path / "samples.jsonl").read_text(encoding="utf-8").split("\n")[:-1]
-    expected = {"step": 7, "prompt": "1+1=", "response": "2\u2028\n", "answer": "2", "reward": 1.0, "finish": "stop"}
-    assert json.loads(lines[0]) == expected | {"parts": {"numeric": 1.0}}
+    assert json.loads(lines[0]) == {"step": 7} | asdict(first)
     second = json.loads(lines[1])
     assert second["reward"] is None and second["parts"] == {"numeric": None} and "é" in lines[1]
 
