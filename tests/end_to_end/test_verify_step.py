@@ -32,7 +32,7 @@ def lines(output: str) -> list[str]:
 
 
 def test_a_synthetic_step_on_two_ranks(tmp_path: Path) -> None:
-    choices = ("qkv_bias", "output_bias", "mlp_bias", "qk_norm")
+    choices = ("qkv_bias", "output_bias", "qk_norm")  # of Qwen3
     result = torchrun(2, "-m", "dsm_train", "verify-step", *BATCH, "--synthetic", "parallel.tp=2", "--parallel.sp",
                       *(f"--model.{choice}" for choice in choices), "layers=1", f"run.out={tmp_path}")  # fmt: skip
     assert result.returncode == 0, result.stderr
@@ -42,7 +42,7 @@ def test_a_synthetic_step_on_two_ranks(tmp_path: Path) -> None:
         "old log-probability", "reference log-probability",
         "loss", "gradient norm", "gradient embedding.word_embeddings",
     ]  # fmt: skip
-    assert {"gradient self_attention.q_layernorm", "gradient mlp.linear_fc2.bias"} <= set(shown)
+    assert {"gradient self_attention.q_layernorm", "gradient self_attention.linear_proj.bias"} <= set(shown)
     assert shown[-3:] == ["learning rate", "updated weights", "copies on several ranks"]
     assert "layers.0." in result.stdout and "layers.1." not in result.stdout  # the first layer alone
     assert "32 responses, 1" in result.stdout and "clipped 0.0%" not in result.stdout
@@ -68,12 +68,15 @@ def test_a_recorded_step_on_two_ranks(tmp_path: Path) -> None:
 
 def test_several_optimizer_steps_on_two_ranks(tmp_path: Path) -> None:
     """Minibatches, epochs and stages: each of the eight optimizer steps, and the log-probabilities of both stages."""
-    printed = run_on_ranks(2, tmp_path, "verify-step", *BATCH, "--synthetic", "verify.steps=2", f"run.out={tmp_path}",
-                           "algorithm.minibatches=2", "algorithm.epochs=2", "optim.warmup_steps=3")  # fmt: skip
+    llama = ("--model.qkv_bias", "--model.output_bias", "--model.mlp_bias")
+    printed = run_on_ranks(2, tmp_path, "verify-step", *BATCH, *llama, "--synthetic", "verify.steps=2",
+                           f"run.out={tmp_path}", "algorithm.minibatches=2", "algorithm.epochs=2",
+                           "optim.warmup_steps=3")  # fmt: skip
     shown = lines(printed)
     assert [name for name in shown if name.endswith(": updated weights")] == [
         f"step {number}: updated weights" for number in range(1, 9)
     ]
+    assert "step 8: gradient mlp.linear_fc1.bias" in shown
     assert [name for name in shown if name.startswith("old")] == [f"old log-probability of stage {n}" for n in (1, 2)]
     assert printed.splitlines()[-1] == "PASS: the same steps as one rank"
 
