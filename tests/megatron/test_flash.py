@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 
 import flash_stand_in
 import pytest
@@ -10,8 +11,13 @@ import tiny
 import torch
 from torch import Tensor
 
+from dsm_train.config import ModelConfig
+from dsm_train.losses import SupervisedLoss
+from dsm_train.megatron import platform
 from dsm_train.megatron.flash import FlashAttend, Kernels, core_attention
 from dsm_train.megatron.layers import Attend, PackedAttend
+from dsm_train.megatron.parallel import Parallel
+from dsm_train.packing.microbatch import pack
 from dsm_train.types import offsets
 from triton_kernels import PackedLayout
 
@@ -66,6 +72,21 @@ def test_views_of_one_projection_are_taken() -> None:
         results(FlashAttend(layout, STAND_IN), inputs), results(PackedAttend(layout), inputs), strict=True
     ):
         torch.testing.assert_close(mine, expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("config", [tiny.BIASES, tiny.ARCHITECTURES["Llama"]], ids=["query-key norms", "scaling"])
+def test_a_model_is_the_same_with_it(config: ModelConfig, layout: Parallel) -> None:
+    """Heads of any size, normalised and rotated before either attention sees them: log-probabilities and gradients."""
+    sequences = tiny.sequences([3, 1, 6], [4, 9, 1, 0, 2, 7])
+    T = sequences.response_token_T.numel()
+    results = []
+    for attend in (PackedAttend, partial(FlashAttend, kernels=STAND_IN)):
+        policy, micro_batches = tiny.trainable(layout, config), pack(sequences, 100, platform.device())
+        policy.attend = attend
+        policy.forward_backward(micro_batches, SupervisedLoss(torch.ones(T)))
+        results.append({"logprob": policy.logprobs(micro_batches, T, 1.0), **policy.gradients()})
+    for name, expected in results[0].items():
+        assert float((results[1][name] - expected).norm() / expected.norm()) < 1e-5, name
 
 
 def test_where_it_cannot_serve_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -235,9 +235,9 @@ def test_a_sequence_that_predicts_nothing_leaves_a_token() -> None:
 
 
 def test_costs_are_those_of_the_layers_the_attention_and_the_head() -> None:
-    model = ModelConfig(num_layers=3, hidden_size=8, num_heads=4, num_kv_heads=2, ffn_size=16)
+    model = ModelConfig(num_layers=3, hidden_size=8, num_heads=4, num_kv_heads=2, head_size=6, ffn_size=16)
     sequences = tiny.sequences([3, 1], [5, 0])
-    n, K = 3 + 5 - 1, 2
+    n, K = 3 + 5 - 1, 6
     projections = n * (8 * 4 * K + 2 * 8 * 2 * K + 4 * K * 8)  # queries, keys and values, output
     feed_forward = n * 3 * 8 * 16
     attention = n * n / 2 * 2 * 4 * K  # half of n^2, with keys and with values
