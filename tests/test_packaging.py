@@ -27,6 +27,7 @@ def test_source_distribution_holds_what_a_build_and_a_first_run_need(tmp_path: P
     folders = ["csrc/**/*.cpp", "csrc/**/*.h", "recipes/*.yaml", "launch/*", "dsm_train/**/*.py", "tests/**/*.py"]
     wanted = {str(path.relative_to(ROOT)) for pattern in folders for path in ROOT.glob(pattern)}
     wanted |= {"CHANGELOG.md", "LICENSE", "Makefile", "README.md", "constraints.txt", "pyproject.toml", "setup.py"}
+    wanted |= {"constraints-vllm.txt"}
     wanted |= {"dsm_train/py.typed", "triton_kernels/py.typed", "dsm_train/corpus/demo/demo.yaml"}
     assert wanted - names == set()
     assert not [name for name in names if name.endswith((".so", ".pyc"))]
