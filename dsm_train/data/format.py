@@ -114,8 +114,7 @@ class ChatFormat:
         starts = [
             self._start(messages[:i], whole, task, escape) for i, m in enumerate(messages) if m.role == "assistant"
         ]
-        prompt = escape.encode(whole[: starts[0]]).ids
-        before, response, learnt = whole[: starts[0]], [], []
+        before, heads, response, learnt = whole[: starts[0]], [], [], []
         for start, limit in zip(starts, [*starts[1:], len(whole)], strict=True):
             end, closing = self._end(whole, start, limit, escape)
             if start != starts[-1] and not (closing and self._closes_turns):
@@ -124,14 +123,15 @@ class ChatFormat:
                     f"token ({', '.join(self._stop_tokens)}): add the token that it writes there to eos_token_id of "
                     "generation_config.json"
                 )
-            _, answer = self.tokenizer.encode_pair(before, whole[start:end], escape)
+            head, answer = self.tokenizer.encode_pair(before, whole[start:end], escape)
             if not closing:
                 answer.append(self.tokenizer.eos_id)
             _, rest = self.tokenizer.encode_pair(closing, whole[end:limit], escape)
+            heads.append(head)
             response += answer + rest
             learnt += [True] * len(answer) + [False] * len(rest)
             before = closing + whole[end:limit]
-        return Example(prompt, response, learnt)
+        return Example(heads[0], response, learnt)
 
     def check(self) -> None:
         """Raise `ValueError` for a template that cannot render a question and its answer."""

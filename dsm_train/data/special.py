@@ -107,9 +107,13 @@ class Escape:
         """Put the texts' own characters back into a rendered template, for people."""
         return self._special.written(self._lead).sub(lambda match: self._hidden.get(match[0], match[0]), rendered)
 
-    def encode(self, *parts: str) -> tokenizers.Encoding:
-        """Encode a rendered template, which may come in parts; offsets are those of `named`."""
-        return self._special.renamed(self._lead).encode("".join(map(self.named, parts)), add_special_tokens=False)
+    def encode(self, rendered: str) -> tokenizers.Encoding:
+        """Encode a rendered template."""
+        return self.encode_named(self.named(rendered))
+
+    def encode_named(self, named: str) -> tokenizers.Encoding:
+        """Encode what `named` returned."""
+        return self._special.renamed(self._lead).encode(named, add_special_tokens=False)
 
     def named(self, rendered: str) -> str:
         """Name the special tokens of a rendered template, and put the texts' own characters back."""

@@ -95,14 +95,16 @@ class Tokenizer:
         Training then sees the ids that a rollout, which continues the first part's own ids, could produce. They are
         those of the whole, unless one of its tokens lies across the boundary.
         """
-        ids = escape.encode(before).ids
         # Next to other characters `after` still gets no blank before it, as some tokenizers begin a text.
-        for context in (before, "\n", ":"):
-            whole, head = escape.encode(context, after), escape.encode(context).ids
-            size, length = len(head), len(escape.named(context))
-            if whole.ids[:size] == head and all(end <= length for _, end in whole.offsets[:size]):
-                return ids, whole.ids[size:]
-        return ids, escape.encode(after).ids
+        named = escape.named(after)
+        ids: list[int] | None = None
+        for context in (escape.named(before), "\n", ":"):
+            head = escape.encode_named(context).ids
+            ids = head if ids is None else ids
+            whole = escape.encode_named(context + named)
+            if whole.ids[: len(head)] == head and _ends_by(whole, len(head), len(context)):
+                return ids, whole.ids[len(head) :]
+        return ids, escape.encode_named(named).ids
 
     def decode(self, ids: Sequence[int]) -> str:
         """Turn token ids into text, without special tokens; bytes that are no UTF-8 become U+FFFD."""
@@ -151,6 +153,12 @@ class Tokenizer:
                 "pad_token": self.token(self.pad_id),
             }
             (folder / _CONFIG).write_text(json.dumps(config, indent=2))
+
+
+def _ends_by(encoding: tokenizers.Encoding, count: int, length: int) -> bool:
+    """Tell whether the first `count` tokens end within the first `length` characters."""
+    span = encoding.token_to_chars(count - 1) if count else None
+    return span is None or span[1] <= length
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
