@@ -93,9 +93,18 @@ def prepare(config: ConfigT, sampling: SamplingConfig | None) -> tuple[ConfigT, 
 
 
 def make_grader(config: StageConfig) -> Grader:
-    """Make the grader; functions of the user's are looked for in the current folder and in that of their recipe."""
-    recipe, *_ = config.given.get("rewards.functions", "").rsplit(":", 2)
-    folders = [Path.cwd(), Path(recipe).absolute().parent] if recipe else [Path.cwd()]
+    """Make the grader; functions of the user's are looked for in the current folder and in those of the recipes.
+
+    Raises `ValueError` when other ranks would not wait for as long as the functions may take.
+    """
+    calls, limit, patience = config.rewards.calls, config.rewards.timeout_seconds, config.parallel.timeout_minutes
+    if parallel.world_size() > 1 and len(calls) * limit > 60 * patience:
+        raise ValueError(
+            f"rewards.timeout_seconds = {limit:g} for each of {len(calls)} function(s) is longer than the "
+            f"parallel.timeout_minutes = {patience:g} that ranks wait for each other: lower the one or raise the other"
+        )
+    recipes = [Path(place.rsplit(":", 2)[0]) for place in config.given.values() if place]
+    folders = [Path.cwd(), *(recipe.absolute().parent for recipe in recipes)]
     return Grader(config.rewards, list(dict.fromkeys(map(str, folders))))
 
 

@@ -76,6 +76,34 @@ class Config:
 
 
 @dataclass(frozen=True)
+class Part:
+    """An item of a list."""
+
+    name: str
+    weight: float = 1.0
+    stop: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.weight < 0:
+            raise ValueError(f"weight must be at least 0; got {self.weight}")
+
+
+@dataclass(frozen=True)
+class Sum:
+    """A list of components."""
+
+    parts: tuple[Part, ...] = (Part("a", 2.0),)
+    """Parts of the sum."""
+
+
+@dataclass(frozen=True)
+class Listed:
+    """A stage with a list of components."""
+
+    sum: Sum = field(default_factory=Sum)
+
+
+@dataclass(frozen=True)
 class Deep:
     """A default two levels down that is not that of its class."""
 
@@ -179,6 +207,60 @@ def test_a_section_in_one_value():
 @pytest.mark.parametrize(("text", "expected"), [("[a, 'b,c']", ("a", "b,c")), ("a", ("a",)), ("", ()), ("[]", ())])
 def test_lists_on_the_command_line(text: str, expected: tuple[str, ...]):
     assert build("name=n", f"rollout.stop={text}").rollout.stop == expected
+
+
+def build_listed(*argv: str) -> Listed:
+    return load_config(Listed, argv, prog="dsm-train grpo", description="Train.")
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("[{name: b}, {name: 'c, d', weight: 1e-3, stop: [x, y]}]", (Part("b"), Part("c, d", 1e-3, ("x", "y")))),
+        ("[{name: no, weight: 3}]", (Part("no", 3.0),)),
+        ("[]", ()),
+    ],
+)
+def test_lists_of_components(text: str, expected: tuple[Part, ...], tmp_path: Path):
+    given = build_listed(f"sum.parts={text}")
+    assert given == Listed(Sum(expected))
+    for written in (f"sum: {{parts: {text}}}", to_yaml(given)):
+        assert build_listed("--config", recipe(tmp_path, written)) == given
+    in_lines = "sum:\n  parts:\n  - name: b\n    weight: 4\n  - {name: c}\n"
+    assert build_listed("--config", recipe(tmp_path, in_lines)).sum.parts == (Part("b", 4.0), Part("c"))
+    assert build_listed().sum.parts == (Part("a", 2.0),)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[{name: a, weight: x}]", "item 1 of sum.parts: weight: expected a finite number, got 'x'"),
+        ("[{name: a}, {nam: b}]", "item 2 of sum.parts: unknown key 'nam'; did you mean 'name'?"),
+        ("[{weight: 1}]", "item 1 of sum.parts: name has no default: add it"),
+        ("[{name: a, weight: -1}]", "item 1 of sum.parts: weight must be at least 0; got -1.0"),
+        ("[{name: [a]}]", "item 1 of sum.parts: name: expected a string, got the list ['a']"),
+        ("[{name: a}, b]", "sum.parts: expected a list [{name: NAME, weight: WEIGHT, stop: STOP}, ...], got "),
+        ("{name: a}", "sum.parts: expected a "),
+        ("a", "sum.parts: expected a list [{name: NAME"),
+        ("[{name: a, name: b}]", "sum.parts: "),
+        ("[{name: {a: 1}}]", "sum.parts: "),
+    ],
+)
+def test_wrong_lists_of_components(text: str, message: str, tmp_path: Path):
+    with pytest.raises(ValueError) as error:
+        build_listed(f"sum.parts={text}")
+    assert str(error.value).startswith(message), error.value
+    with pytest.raises(ValueError) as error:
+        build_listed("--config", recipe(tmp_path, f"sum:\n  parts: {text}"))
+    assert str(error.value).startswith(f"{tmp_path}/x.yaml:2: {message}"), error.value
+
+
+def test_help_shows_the_form_of_a_list_of_components(capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit):
+        build_listed("--help")
+    page = capsys.readouterr().out
+    assert "--sum.parts [{name: NAME, weight: WEIGHT, stop: STOP}, ...]" in page
+    assert "(default: '{name: a, weight: 2.0" in page
 
 
 def test_effective_config_loads_back(tmp_path: Path):
@@ -441,6 +523,9 @@ def test_a_key_of_another_stage_on_the_command_line(stage: str, argument: str, m
         ("grpo", "model.path", "'run.init'"),
         ("grpo", "output_dir", "'run.out'"),
         ("sft", "max_steps", "'sft.steps'"),
+        ("grpo", "rewards.numeric", "'rewards.functions'"),
+        ("eval", "rewards.format", "'rewards.functions'"),
+        ("grpo", "reward_funcs", "'rewards.functions'"),
     ],
 )
 def test_names_from_elsewhere(stage: str, key: str, meant: str, tmp_path: Path):

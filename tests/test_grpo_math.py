@@ -188,6 +188,13 @@ def test_masked_responses_are_as_if_they_were_never_sampled(average: str, scale:
     assert part.num_responses == 3 and torch.equal(part.response_token_T, expected_part.response_token_T)
     for name, value in expected.present().items():
         assert torch.equal(rows.present()[name], value), name
+    # a response without a verdict is masked likewise
+    unjudged = replace(whole, finished_S=torch.ones(4, dtype=torch.bool), reward_S=whole.reward_S.clone())
+    unjudged.reward_S[1] = torch.nan
+    ((part, rows),) = minibatches(unjudged, replace(algo, finished_only=False), 4, layout)
+    assert part.num_responses == 3 and torch.equal(part.response_token_T, expected_part.response_token_T)
+    for name, value in expected.present().items():
+        assert torch.equal(rows.present()[name], value), name
     # and with the other three gone, minibatches are still those of all questions
     alone = replace(whole, finished_S=torch.tensor([False, False, False, True]))
     first, second = minibatches(alone, replace(algo, minibatches=2), 4, layout)

@@ -54,6 +54,11 @@ class Evaluator:
         """Measure the share of tasks whose greedy response is correct. Collective."""
         return self.greedy(tasks).accuracy
 
+    def trouble(self) -> str | None:
+        """Find a rank's last reason why a reward function gave a whole batch no verdict. Collective."""
+        troubles = self.parallel.gather_over_ranks(self.grader.trouble)
+        return next((trouble for trouble in troubles if trouble is not None), None)
+
     def pass_at_k(self, tasks: Sequence[Task], num_samples: int) -> dict[int, float]:
         """Estimate pass@k for k = 1, 2, 4, ... up to num_samples, unbiased (Chen et al., arXiv:2107.03374)."""
         mine = tasks[self.parallel.dp_rank :: self.parallel.dp_size]

@@ -84,12 +84,11 @@ class Journal:
         self._cut_off = self._cut_off + 1 if values["finished"] < 0.5 else 0
         self._unjudged = self._unjudged + 1 if unjudged else 0
         if self._unjudged == PATIENCE:
-            troubles = self.parallel.gather_over_ranks(self.evaluator.grader.trouble)
-            last = next((f"; the last failure: {trouble}" for trouble in troubles if trouble is not None), "")
+            trouble = self.evaluator.trouble()
             silent = [name.removeprefix("no_verdict_") for name in values if name.startswith("no_verdict_")]
             loop.say(
                 f"{PATIENCE} steps to step {number}: {values['no_verdict']:.0%} of the responses got no verdict of "
-                f"{' or '.join(silent)}, and count for nothing{last}"
+                f"{' or '.join(silent)}, and count for nothing" + (f"; the last failure: {trouble}" if trouble else "")
             )
         if self._flat == PATIENCE:
             loop.say(

@@ -69,6 +69,11 @@ class RewardConfig:
         above(0, self, "timeout_seconds")
 
     @property
+    def calls(self) -> tuple[str, ...]:
+        """Functions of the user's."""
+        return tuple(function.call for function in self.functions if function.call is not None)
+
+    @property
     def labels(self) -> tuple[str, ...]:
         """Names of the functions in metrics and samples."""
         return tuple(function.label for function in self.functions)

@@ -33,8 +33,7 @@ class Grader:
         self.config = config
         self.trouble: str | None = None
         """Reason why a function gave a whole batch no verdict, the last time that one did."""
-        self._calls = [function.call for function in config.functions if function.call is not None]
-        self._worker = Worker(self._calls, folders, config.timeout_seconds)
+        self._worker = Worker(config.calls, folders, config.timeout_seconds)
 
     def grade(self, responses: Sequence[str], tasks: Sequence[Task], finished: Sequence[bool]) -> list[Verdict]:
         """Judge each response to the task beside it; finished: False where the length limit cut it off.
@@ -87,7 +86,7 @@ class Grader:
 
     def _call(self, call: str | None, completions: list[str], tasks: list[Task]) -> Returned | Failed:
         assert call is not None
-        return self._worker.call(self._calls.index(call), completions, tasks)
+        return self._worker.call(self.config.calls.index(call), completions, tasks)
 
     def _verdict(self, parts: tuple[float, ...]) -> Verdict:
         weighted = (function.weight * part for function, part in zip(self.config.functions, parts, strict=True))

@@ -10,10 +10,10 @@ is killed, with all that it started, and another takes its place.
         case Failed(reason): ...
 
 It is started anew rather than forked, as a fork of a process with CUDA and threads is broken, and by `subprocess`
-rather than `multiprocessing`, which would import the program's main module again. What is sent is pickled.
+rather than `multiprocessing`, which would import the program's main module again. Messages are pickled.
 
-Whatever else has to run apart (a symbolic comparison, a sandbox, a tool) is a function of lists of one length, named
-as module:function, in a worker of this kind.
+Other code that has to run apart (a symbolic comparison, a sandbox, a tool) is a function of lists of one length as
+well, named as module:function, in a worker of this kind: a new built-in reward of that sort needs nothing else.
 """
 
 from __future__ import annotations

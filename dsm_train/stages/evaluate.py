@@ -32,6 +32,8 @@ def evaluate(config: EvaluateConfig) -> None:
         result: dict[str, Any] = {"tasks": len(heldout), "greedy_accuracy": greedy.accuracy, "reward": greedy.reward}
         if greedy.no_verdict:
             result["no_verdict"] = greedy.no_verdict
+            if (trouble := evaluator.trouble()) is not None:
+                job.say(f"a reward function failed: {trouble}")
         if config.eval.samples:
             result["pass_at_k"] = evaluator.pass_at_k(heldout, config.eval.samples)
         job.say(json.dumps(json_safe(result)))

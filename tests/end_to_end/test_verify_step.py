@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from commands import GRPO, WARMUP, refused, run, run_on_ranks, torchrun, write_sevens
@@ -59,11 +61,15 @@ def test_a_recorded_step_on_two_ranks(tmp_path: Path) -> None:
     assert rollouts.sequences.num_prompts == 4 and rollouts.sequences.num_responses == 16  # of both replicas
     assert rollouts.old_logprob_T is not None and rollouts.ref_logprob_T is not None
     assert len(set(rollouts.reward_S.tolist())) > 1
+    table = pq.read_table(record)  # and a response without a verdict, which is left out in both layouts
+    rewards = pa.array([float("nan"), *rollouts.reward_S[1:].tolist()], pa.float32())
+    pq.write_table(table.set_column(table.schema.get_field_index("reward"), "reward", rewards), record)
+    assert read_rollouts(record).reward_S.isnan().sum() == 1
 
     printed = run_on_ranks(2, tmp_path, "verify-step", *BATCH, *data, f"batch={record}", "--shuffle",
                            "reference_layout=tp=2,sp=true", f"run.init={out}/weights", f"run.out={out}")  # fmt: skip
     assert printed.split()[:2] == ["dp2", "tp2-sp"] and "16 responses" in printed
-    assert printed.splitlines()[-1] == "PASS: the same step as tp2-sp"
+    assert printed.splitlines()[-1] == "PASS: the same step as tp2-sp" and "nan" not in printed
 
 
 def test_several_optimizer_steps_on_two_ranks(tmp_path: Path) -> None:
@@ -106,6 +112,8 @@ def test_what_cannot_be_verified_is_one_line(
         "long": synthetic_rollouts(258, 90, seed=0),
         "bare": replace(whole, ref_logprob_T=None),
         "equal": replace(whole, reward_S=torch.full((whole.sequences.num_responses,), 0.3)),
+        # one verdict in each group
+        "unjudged": replace(whole, reward_S=torch.tensor([0.3, *[torch.nan] * 3]).repeat(8)),
         "unscored": replace(whole, reward_S=None),
     }
     paths = {name: tmp_path / f"{name}.parquet" for name in batches}
@@ -120,6 +128,7 @@ def test_what_cannot_be_verified_is_one_line(
         ([f"batch={paths['bare']}"], "was recorded without a reference model: set algorithm.kl_coef=0"),
         ([f"batch={paths['unscored']}"], "holds no rewards: record it"),
         ([f"batch={paths['equal']}"], "teaches nothing, as the rewards of each group are all equal"),
+        ([f"batch={paths['unjudged']}"], "teaches nothing, as the rewards of each group are all equal"),
         (["--synthetic", "layers=3"], "layers = 3 is more than the model's 2"),
         (["--synthetic", "layers=0"], "layers must be at least 1; got 0"),
         (["--synthetic", "--shuffle", "algorithm.minibatches=2"], "set algorithm.minibatches=1 beside it"),

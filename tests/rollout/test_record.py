@@ -34,7 +34,8 @@ def rollouts() -> Rollouts:
         margin_T=value_T.flip(0),
         finished_S=torch.tensor([True, False, True, True]),
         weight_version=17,
-        reward_S=torch.tensor([0.1, 1.0, -0.0, 1e-45]),
+        reward_S=torch.tensor([0.1, torch.nan, -0.0, 1e-45]),
+        reward_SF=torch.tensor([[0.1, 1.0], [torch.nan, 1.0], [-0.0, 0.5], [1e-45, -1.0]]),
         ref_logprob_T=value_T * 0.3,
         old_logprob_T=value_T * 0.7,
     )
@@ -60,7 +61,7 @@ def test_round_trip_is_bitwise(tmp_path: Path, layout: Parallel) -> None:
 
 
 def test_what_was_never_computed_stays_so(tmp_path: Path, layout: Parallel) -> None:
-    bare = replace(rollouts(), reward_S=None, ref_logprob_T=None, old_logprob_T=None)
+    bare = replace(rollouts(), reward_S=None, reward_SF=None, ref_logprob_T=None, old_logprob_T=None)
     write_rollouts(tmp_path / "step.parquet", bare, layout)
     assert_same(read_rollouts(tmp_path / "step.parquet"), bare)
 
