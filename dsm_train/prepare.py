@@ -87,7 +87,8 @@ def prepare(config: ConfigT, sampling: SamplingConfig | None) -> tuple[ConfigT, 
     course = None if config.supervised is None else plan(config, config.supervised, tasks, format)
     notes += [] if course is None else course_notes(course, tokenizer)
     if parallel.rank() == 0 and "rewards" not in config.unheeded:
-        grader.try_functions(next((task for task in tasks.train if task.solution or task.answer), tasks.train[0]))
+        every = [*tasks.train, *tasks.heldout]
+        grader.try_functions(next((task for task in every if task.solution or task.answer), every[0]))
     told = tuple(note for note in notes if note is not None)
     return config, Questions(tasks, tokenizer, format, grader, course, told)
 

@@ -88,7 +88,7 @@ class Journal:
             silent = [name.removeprefix("no_verdict_") for name in values if name.startswith("no_verdict_")]
             loop.say(
                 f"{PATIENCE} steps to step {number}: {values['no_verdict']:.0%} of the responses got no verdict of "
-                f"{' or '.join(silent)}, and count for nothing" + (f"; the last failure: {trouble}" if trouble else "")
+                f"{' or '.join(silent)}" + (f"; the last failure: {trouble}" if trouble else "")
             )
         if self._flat == PATIENCE:
             loop.say(
