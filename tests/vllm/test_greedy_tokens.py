@@ -32,6 +32,7 @@ pytestmark = [
 
 VOCAB = 331  # odd, so that both sides pad it, and more than the tokenizer has
 EOS, PAD = 1, 0
+STOP = 245  # ends responses too, as Llama 3's models have it
 MARGIN = 1e-3
 """Least difference of the two best log-probabilities; rounding differs by far less, so that it decides nothing."""
 SHAPE = {
@@ -45,7 +46,7 @@ SHAPE = {
     "max_position_embeddings": 256,
     "tie_word_embeddings": False,
     "bos_token_id": None,
-    "eos_token_id": EOS,
+    "eos_token_id": [EOS, STOP],
     "pad_token_id": PAD,
 }
 LLAMA3 = {
@@ -132,6 +133,7 @@ def test_a_converted_folder_answers_alike(config: PretrainedConfig, tmp_path: Pa
     # Ragged, one beyond the length from which Llama 3 scales; tokens that the tokenizer does not have among them.
     prompts = [[draw.randrange(VOCAB) for _ in range(length)] for length in (1, 5, 17, 100)]
     ours = embedded(written, prompts, 24, layout)
+    assert any(completion.finished for completion in ours)
     with serve(written, tmp_path / "vllm.log") as server:
         compare(ours, server.greedy(prompts, 24))
 
