@@ -13,14 +13,14 @@ from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import accumulate, groupby
+from itertools import accumulate
 
 import torch
 from torch import Tensor
 
 from dsm_train.config import ParallelConfig, SftTraining, check_warmup
 from dsm_train.configs import GrpoConfig, StageConfig
-from dsm_train.data.format import Example, Format
+from dsm_train.data.format import Format, shown
 from dsm_train.data.source import Tasks
 from dsm_train.data.tasks import Task
 from dsm_train.data.tokenizer import Tokenizer
@@ -83,6 +83,7 @@ class Course:
 def course_notes(course: Course, tokenizer: Tokenizer) -> list[str]:
     """Say what is trained on: counts, what is left out, and the first example with its learnt tokens marked."""
     train, heldout = course.examples, course.heldout
+    mark = "bold" if sys.stdout.isatty() else "⟦ ⟧"  # as `shown` has it
     lines = [
         f"supervised training: {len(train):,} examples of {len(train.token_N):,} tokens, {int(train.learnt_N.sum()):,} "
         f"of them learnt; {course.steps:,} steps, {course.epochs:.3g} epochs; {len(heldout):,} held-out examples"
@@ -96,16 +97,7 @@ def course_notes(course: Course, tokenizer: Tokenizer) -> list[str]:
             )
         if side.unlearnt:
             lines.append(f"{side.unlearnt:,} {name} examples without a token to learn are left out")
-    return [*lines, f"the first example, what is learnt in [[ ]]:\n{_shown(train.first, tokenizer)}"]
-
-
-def _shown(example: Example, tokenizer: Tokenizer) -> str:
-    """Decode an example, with the runs of learnt tokens in double brackets."""
-    runs = [tokenizer.decode(example.prompt)]
-    for learnt, run in groupby(zip(example.learnt, example.response, strict=True), key=lambda pair: pair[0]):
-        text = tokenizer.decode([token for _, token in run])
-        runs.append(f"[[{text}]]" if learnt else text)
-    return "".join(runs)
+    return [*lines, f"the first example, what is learnt in {mark}:\n{shown(train.first, tokenizer)}"]
 
 
 def cut_steps(size_E: Tensor, budget: int, order: Order, *, steps: int | None, epochs: float | None) -> Sequence[int]:
