@@ -5,14 +5,12 @@ E examples, S examples of a batch, T their tokens from the first learnt one on.
 
 from __future__ import annotations
 
-import random
 import sys
 import time
 from array import array
 from bisect import bisect_right
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from itertools import accumulate
 
 import torch
@@ -21,6 +19,7 @@ from torch import Tensor
 from dsm_train.config import ParallelConfig, SftTraining, check_warmup
 from dsm_train.configs import GrpoConfig, StageConfig
 from dsm_train.data.format import Format, shown
+from dsm_train.data.order import Order, order_of
 from dsm_train.data.source import Tasks
 from dsm_train.data.tasks import Task
 from dsm_train.data.tokenizer import Tokenizer
@@ -32,20 +31,6 @@ DEFAULT_STEPS, DEFAULT_BATCH = 500, 256
 """Optimizer steps, and examples in each, where the configuration leaves them open."""
 PATIENCE = 5.0
 """Seconds of tokenisation after which it is said how far it is."""
-Order = Callable[[int], Sequence[int]]
-"""Order of the examples in a pass, by the number of the pass."""
-
-
-def shuffled(count: int, seed: int) -> Order:
-    """Shuffle so many examples anew for each pass, in the order of `draw`."""
-
-    @lru_cache(maxsize=4)
-    def order(epoch: int) -> Sequence[int]:
-        indices = list(range(count))
-        random.Random(f"{seed}/{epoch}").shuffle(indices)
-        return array("i", indices)
-
-    return order
 
 
 @dataclass(frozen=True)
@@ -137,9 +122,10 @@ def plan(config: StageConfig, training: SftTraining, tasks: Tasks, format: Forma
     if not len(train):
         if train.left_out.too_long:
             raise ValueError(f"every example has more tokens than {limit.name} = {limit.tokens}: raise it")
+        files = ", ".join(map(str, config.data.path or ()))
         raise ValueError(
-            f"supervised training needs worked solutions, and {config.data.path} has answers alone: write "
-            "them before '#### answer', or set steps=0"
+            f"supervised training needs worked solutions, and {files} has answers alone: write them before "
+            "'#### answer', name their field in data.solution_field, or set steps=0"
         )
     if training.batch_tokens is None:
         size_E, budget = torch.ones_like(train.given_E), training.batch or DEFAULT_BATCH
@@ -147,7 +133,7 @@ def plan(config: StageConfig, training: SftTraining, tasks: Tasks, format: Forma
         size_E, budget = train.packed_E, training.batch_tokens
         check_batch_tokens(config.parallel, f"{section}.batch_tokens", budget, int(size_E.max()))
     steps = None if training.epochs else training.steps or DEFAULT_STEPS
-    order = shuffled(len(train), config.run.seed)
+    order = order_of([task.file for task in train.tasks], config.run.seed, config.data.weights)
     cuts = cut_steps(size_E, budget, order, steps=steps, epochs=training.epochs)
     check_warmup(training.optim, len(cuts) - 1, "steps", section)
     return Course(train, heldout, order, cuts)

@@ -16,6 +16,7 @@ from dsm_train.data.source import (
     load_tasks,
     make_format,
     make_tokenizer,
+    readable,
     repetition_note,
     split_note,
     unreadable_note,
@@ -80,8 +81,9 @@ def prepare(config: ConfigT, sampling: SamplingConfig | None) -> tuple[ConfigT, 
         notes.append(left_out)
     if isinstance(config, GrpoConfig):
         notes += [repetition_note(tasks.train, config.algorithm.prompts_per_step), *config.sampling.notes()]
-    if sampling is not None:
-        check_lengths(config, sampling, (*(tasks.train if answered else ()), *tasks.heldout), format)
+    asked = (*tasks.train, *tasks.heldout) if answered else readable(tasks.heldout, grader)
+    if sampling is not None and asked:
+        check_lengths(config, sampling, asked, format)
     uses_transformer_engine(config.model)  # raises where the layers or the attention that were asked for are missing
     core_attention(config.model)
     course = None if config.supervised is None else plan(config, config.supervised, tasks, format)

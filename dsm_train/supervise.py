@@ -10,6 +10,7 @@ from torch import Tensor
 
 from dsm_train.balance import deal
 from dsm_train.configs import StageConfig
+from dsm_train.data.source import readable
 from dsm_train.eval.evaluate import Evaluator
 from dsm_train.examples import Examples
 from dsm_train.losses import SupervisedLoss
@@ -32,7 +33,7 @@ def supervise(
     course, parallel, every = questions.course, job.parallel, job.config.eval.every
     assert course is not None, "a stage with supervised training prepares it"
     packer = job.packer()
-    watched = [task for task in questions.tasks.heldout[: job.config.eval.tasks] if task.answer]
+    watched = readable(questions.tasks.heldout[: job.config.eval.tasks], questions.grader)
     values: dict[str, float] = {}
     with job.loop("sft", course.steps) as loop:
         for step in loop:

@@ -232,8 +232,3 @@ def repetition_note(tasks: Sequence[Task], prompts_per_step: int) -> str | None:
         f"{len(tasks)} training tasks for algorithm.prompts_per_step = {prompts_per_step}: each is asked {times:.3g} "
         "times a step, in groups of their own"
     )
-
-
-def solved(tasks: Sequence[Task], count: int | None) -> list[Task]:
-    """Select the first `count` tasks with a worked solution, for supervised training; None: all."""
-    return [task for task in tasks if task.solution is not None][:count]

@@ -55,22 +55,23 @@ def test_examples_that_are_too_long_are_left_out_and_counted(tmp_path: Path, cap
     assert "data.jsonl:32)" in said
 
 
-def test_conversations_without_gold_answers_are_trained_on_without_accuracy(tmp_path: Path) -> None:
-    from dataclasses import replace
-
-    from dsm_train import prepare as preparation
-    from dsm_train.data.source import load_tasks
-
-    def without_answers(*arguments: object) -> object:
-        tasks = load_tasks(*arguments)  # type: ignore[arg-type]
-        return replace(tasks, **{side: tuple(replace(t, answer="") for t in getattr(tasks, side))
-                                 for side in ("train", "heldout")})  # fmt: skip
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(preparation, "load_tasks", without_answers)
-        run("sft", *SFT, f"run.out={tmp_path}", "sft.steps=2", "sft.batch=16")
-    (row,) = (row for row in metrics(tmp_path) if "heldout_loss" in row)
-    assert "heldout_accuracy" not in row and (tmp_path / "curve.png").exists()
+def test_conversations_without_gold_answers_are_trained_on_without_accuracy(tmp_path: Path, capsys: Capture) -> None:
+    data = tmp_path / "data.jsonl"
+    rows = [
+        {
+            "messages": [
+                {"role": "user", "content": f"Count from {n}."},
+                {"role": "assistant", "content": f"{n} {n + 1}"},
+            ]
+        }
+        for n in range(30)
+    ]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    run("sft", *SFT, f"run.out={tmp_path / 'run'}", f"data.path={data}", "data.answer_field=null", "sft.steps=2",
+        "sft.batch=16", "data.heldout_tasks=4")  # fmt: skip
+    (row,) = (row for row in metrics(tmp_path / "run") if "heldout_loss" in row)
+    assert "heldout_accuracy" not in row and (tmp_path / "run" / "curve.png").exists()
+    assert "accuracy is measured on 0 of 4 held-out tasks" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
