@@ -153,18 +153,22 @@ def test_shared_and_repeated_prompts_are_the_same_step(config: ModelConfig, max_
         assert relative_error({name: gradients[0][name]}, {name: gradient}) < 1e-5, name
 
 
-def test_supervised_gradients_are_cross_entropys(layout: Parallel) -> None:
+@pytest.mark.parametrize("every", [1, 3], ids=["all tokens", "every third"])
+def test_supervised_gradients_are_cross_entropys_of_the_learnt_tokens(every: int, layout: Parallel) -> None:
     policy = tiny.trainable(layout)
     hf = tiny.llama(tiny.MODEL, tiny.full_weights(policy.chunks), torch.float64)
+    learnt_T = torch.arange(T) % every == 0
+    weight_T = learnt_T.float() / learnt_T.sum()
     loss = torch.zeros((), dtype=torch.float64)
     for s, p in enumerate(SEQUENCES.prompt_of_response_S.tolist()):
         prompt, response = SEQUENCES.prompt(p), SEQUENCES.response(s)
         logits = hf(torch.cat([prompt, response])[None]).logits[0, prompt.numel() - 1 : -1, : tiny.VOCAB]
-        loss = loss + torch.nn.functional.cross_entropy(logits, response, reduction="sum") / T
+        rows = weight_T[SEQUENCES.rows_of(torch.tensor([s]))]
+        loss = loss + (rows * torch.nn.functional.cross_entropy(logits, response, reduction="none")).sum()
     loss.backward()
-    weight_T = token_weights(SEQUENCES.response_cu, "token", 6, T, fixed_length=1)
     outputs = policy.forward_backward(pack(SEQUENCES, 16, platform.device()), SupervisedLoss(weight_T))
     assert sum(float(out.loss.detach()) for out in outputs) == pytest.approx(float(loss.detach()), rel=1e-5)
+    assert sum(out.stats.tokens for out in outputs) == learnt_T.sum()
     expected = {name: p.grad for name, p in hf.named_parameters()}
     assert relative_error(tiny.llama_names(tiny.MODEL, main_gradients(policy)), expected) < 1e-5
 

@@ -90,6 +90,14 @@ def test_learning_curve_shows_the_numbers(tmp_path: Path):
     assert "GRPO: held-out accuracy 54% → 93% in 260 steps" in out.read_text(encoding="utf-8")
 
 
+def test_supervised_training_alone_shows_both_losses(tmp_path: Path):
+    rows: list[Row] = [(step, "sft", {"loss": 1 / step, "heldout_loss": 1.1 / step}) for step in (1, 2, 3)]
+    out = tmp_path / "curve.svg"
+    learning_curve(write(tmp_path, rows), out)
+    page = out.read_text(encoding="utf-8")
+    assert "supervised fine-tuning" in page and "held-out loss" in page
+
+
 @pytest.mark.parametrize(("kl", "drawn"), [(0.01, True), (0.0, False), (1e-9, False)])
 def test_there_is_an_axis_of_kl_where_there_is_kl(kl: float, drawn: bool, tmp_path: Path):
     rows: list[Row] = [(step, "grpo", {"reward": 0.5, "response_tokens": 9.0, "kl": kl}) for step in range(3)]
