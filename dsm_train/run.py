@@ -190,7 +190,10 @@ def start(config: ConfigT, stage: str, questions: Questions, *, trains: bool = T
 
 def identity(config: StageConfig, questions: Questions) -> dict[str, str]:
     """Write down what has to be the same on every rank."""
-    tasks = digest(f"{task.question}\0{task.answer}" for task in (*questions.tasks.train, *questions.tasks.heldout))
+    tasks = digest(
+        f"{task.question}\0{task.answer}\0{task.solution}"
+        for task in (*questions.tasks.train, *questions.tasks.heldout)
+    )
     return fingerprint(config, tasks, questions.tokenizer.fingerprint(), __version__)
 
 

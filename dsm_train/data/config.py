@@ -44,7 +44,8 @@ class DataConfig:
     system: str | None = None
     """System prompt of chat; none: that of the template, if it has one."""
     too_long: Literal["error", "skip"] = "error"
-    """A prompt that leaves no room for its response ends the start, or its task is left out, which is said."""
+    """A prompt that leaves no room for its response, or an example of supervised training above model.max_length or
+    run.max_tokens, ends the start, or is left out, which is said."""
     kinds: tuple[str, ...] = ("add",)
     """Kinds of generated tasks: add, sub, mul, word."""
     style: Literal["answer", "steps"] = "answer"
