@@ -122,10 +122,9 @@ def plan(config: StageConfig, training: SftTraining, tasks: Tasks, format: Forma
     if not len(train):
         if train.left_out.too_long:
             raise ValueError(f"every example has more tokens than {limit.name} = {limit.tokens}: raise it")
-        files = ", ".join(map(str, config.data.path or ()))
         raise ValueError(
-            f"supervised training needs worked solutions, and {files} has answers alone: write them before "
-            "'#### answer', name their field in data.solution_field, or set steps=0"
+            f"supervised training needs worked solutions, and {tasks.train[0].label} has none, like all others: write "
+            "them before '#### answer', name their field with data.solution_field, or set steps=0"
         )
     if training.batch_tokens is None:
         size_E, budget = torch.ones_like(train.given_E), training.batch or DEFAULT_BATCH

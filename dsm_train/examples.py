@@ -103,7 +103,7 @@ def tokenise(
                 raise ValueError(_too_long(task, packed, limit))
             left_out.too_long += 1
             if packed > left_out.longest:
-                left_out.longest, left_out.where = packed, _place(task)
+                left_out.longest, left_out.where = packed, task.label
             continue
         token.extend(example.prompt + example.response)
         learnt.extend([False] * len(example.prompt) + example.learnt)
@@ -138,13 +138,9 @@ def learnable(example: Example, prompt_loss: bool) -> Example | None:
 
 def _too_long(task: Task, packed: int, limit: Limit) -> str:
     return (
-        f"{limit.name} = {limit.tokens} is less than prompt and solution of {_place(task)}, {packed} tokens: raise it, "
+        f"{limit.name} = {limit.tokens} is less than prompt and solution of {task.label}, {packed} tokens: raise it, "
         f"or leave such examples out with data.too_long=skip: {task.question[:60]!r}..."
     )
-
-
-def _place(task: Task) -> str:
-    return f"task {task.id}, {task.place}" if task.place else f"task {task.id}"
 
 
 def _tensor(values: array[int] | bytearray, dtype: torch.dtype) -> Tensor:

@@ -61,7 +61,7 @@ class PlainFormat:
     def text(self, task: Task) -> str:
         """Text of the prompt, for people."""
         if task.turns:
-            raise ValueError(f"{_place(task)} has earlier turns, and a plain prompt holds none: set data.chat=true")
+            raise ValueError(f"{task.label} has earlier turns, and a plain prompt holds none: set data.chat=true")
         return self.template.replace("{question}", task.question)
 
     def example(self, task: Task) -> Example:
@@ -119,7 +119,7 @@ class ChatFormat:
             end, closing = self._end(whole, start, limit, escape)
             if start != starts[-1] and not (closing and self._closes_turns):
                 raise ValueError(
-                    f"{_place(task)} has several answers, and the chat template closes an earlier one with no stop "
+                    f"{task.label} has several answers, and the chat template closes an earlier one with no stop "
                     f"token ({', '.join(self._stop_tokens)}): add the token that it writes there to eos_token_id of "
                     "generation_config.json"
                 )
@@ -155,7 +155,7 @@ class ChatFormat:
             turns.insert(0, Message("system", self.system))
         for turn in turns:
             if not _ROLE.fullmatch(turn.role):
-                raise ValueError(f"{_place(task)} has a turn of role {turn.role!r}: write user, assistant, ...")
+                raise ValueError(f"{task.label} has a turn of role {turn.role!r}: write user, assistant, ...")
         texts = [self.template, task.question, task.solution or "", *(turn.content for turn in turns)]
         escape = self.tokenizer.escape(texts)
         messages = [Message(turn.role, escape.hide(turn.content)) for turn in turns]
@@ -166,7 +166,7 @@ class ChatFormat:
         try:
             return self.tokenizer.render(messages, ask=ask)
         except ValueError as error:
-            raise ValueError(f"{_place(task)}: {error}") from error
+            raise ValueError(f"{task.label}: {error}") from error
 
     def _start(self, messages: Sequence[Message], whole: str, task: Task, escape: Escape) -> int:
         """Find where the answer to these messages begins in the rendered conversation."""
@@ -176,7 +176,7 @@ class ChatFormat:
         common = len(os.path.commonprefix([asked, whole]))
         prompt, trained = (escape.shown(text[max(0, common - 20) : common + 20]) for text in (asked, whole))
         raise ValueError(
-            f"{_place(task)}: the chat template asks with ...{prompt!r}... and writes ...{trained!r}... once the "
+            f"{task.label}: the chat template asks with ...{prompt!r}... and writes ...{trained!r}... once the "
             "answer follows: the model would train on a prompt that it is never given; correct the template"
         )
 
@@ -223,7 +223,3 @@ def _readable(text: str) -> str:
     """Escape what cannot be seen; a line break is written out, and stays."""
     escaped = (c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
     return "".join("\\n\n" if c == "\\n" else c for c in escaped)
-
-
-def _place(task: Task) -> str:
-    return task.place or f"task {task.id}"

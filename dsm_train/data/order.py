@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from array import array
 from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import lru_cache
@@ -43,7 +44,7 @@ def order_of(files: Sequence[int], seed: int, weights: Sequence[float] = ()) -> 
                 for index in _stretch(members[file], range(number * part, (number + 1) * part), f"{seed}/{file}")
             ]
         random.Random(f"{seed}/{number}").shuffle(indices)
-        return indices
+        return array("i", indices)
 
     return order
 

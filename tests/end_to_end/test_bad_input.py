@@ -131,9 +131,9 @@ def test_a_solution_longer_than_a_micro_batch(arguments: list[str], tmp_path: Pa
               "data.heldout_tasks=5", "model.max_length=120", "run.max_tokens=120"]  # fmt: skip
     if arguments:
         line = refused(capsys, "grpo", *common, *arguments)
-        assert "task 21," in line and "model.max_length = 120" in line, line
+        assert "data.jsonl:21," in line and "model.max_length = 120" in line, line
         line = refused(capsys, "grpo", *common, *arguments, "model.max_length=1000")
-        assert "task 21," in line and "run.max_tokens = 120" in line, line
+        assert "data.jsonl:21," in line and "run.max_tokens = 120" in line, line
     else:
         run("grpo", *common)
 
