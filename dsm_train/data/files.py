@@ -111,7 +111,7 @@ def _task(record: Any, config: DataConfig, id: int, place: str, file: int) -> Ta
         question = _text(found, asked)
     if config.solution_field is not None:
         written = _find(record, config.solution_field, "data.solution_field")
-        solution = solution if written is None else _text(written, config.solution_field)
+        solution = solution if written is None else _solution(written, config.solution_field)
     answer = _answer(record, config.answer_field, optional=solution is not None)
     if config.solution_field is None and "####" in answer:
         worked, _, answer = answer.rpartition("####")
@@ -159,6 +159,17 @@ def _conversation(value: Any, name: str) -> tuple[str, tuple[Message, ...], str 
     if not messages[asked].content.strip():
         raise ValueError(f"{name}[{asked}].content is empty: fill it or remove the line")
     return messages[asked].content, tuple(messages[:asked]), after[0].content if after else None
+
+
+def _solution(value: Any, name: str) -> str:
+    """Read a worked solution: a text, or a list of one assistant's message."""
+    if not _is_conversation(value):
+        return _text(value, name)
+    messages = [_message(item, f"{name}[{index}]") for index, item in enumerate(value)]
+    if [message.role for message in messages] != ["assistant"]:
+        roles = ", ".join(message.role for message in messages)
+        raise ValueError(f"{name} must be a text or one assistant's message, got messages of {roles}")
+    return messages[0].content
 
 
 def _message(item: Any, name: str) -> Message:

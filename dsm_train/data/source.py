@@ -149,7 +149,9 @@ def without_unreadable(tasks: Tasks, grader: Grader, sides: Sequence[str], skip:
         count = f"{len(asked) - len(kept)} of {len(asked)} {name} tasks"
         if not skip or not kept:
             remedy = (
-                "correct them, or leave them out with data.unreadable=skip" if kept else "set rewards.* to read them"
+                "correct them, or leave them out with data.unreadable=skip"
+                if kept
+                else "choose rewards.functions that read them"
             )
             raise ValueError(f"{first.label}: {grader.unreadable(first)}; no reward can read {count}: {remedy}")
         left = replace(left, **{side: kept})
@@ -218,8 +220,8 @@ def split_note(config: DataConfig) -> str | None:
     if config.path is None or config.heldout_path is not None:
         return None
     return (
-        f"the held-out tasks are a part of {_names(config.path)}: training on it has not seen them only if it held out "
-        "as many or more (data.heldout_tasks)"
+        f"the held-out tasks are a part of {_names(config.path)}: training on it must have held out as many "
+        "(data.heldout_tasks), or it has seen some of them"
     )
 
 

@@ -176,6 +176,12 @@ def test_a_row_with_a_solution_of_its_own_may_lack_the_answer(tmp_path: Path) ->
         question_field="prompt",
         solution_field="completion",
     )
+    (trl,) = read(
+        write(tmp_path / "d.jsonl", {"prompt": [USER], "completion": [ANSWERED]}),
+        messages_field="prompt",
+        solution_field="completion",
+    )
+    assert (trl.question, trl.answer, trl.solution) == ("2+2?", "", "4")
     (asked,) = read(write(tmp_path / "c.jsonl", {"question": "q", "answer": "x"}), answer_field=None)
     assert (chat.answer, chat.solution, pair.answer, pair.solution) == ("", "4", "", "c")
     assert (asked.answer, asked.solution, asked.fields) == ("", None, {"answer": "x"})
@@ -253,6 +259,11 @@ def test_values_of_parquet_become_those_of_json(tmp_path: Path) -> None:
             "question must be a string.*read .* data.messages_field=question",
         ),
         ({"prompt": "q", "answer": "1"}, {"messages_field": "prompt"}, "list of messages.*data.question_field=prompt"),
+        (
+            {"question": "q", "s": [USER, ANSWERED]},
+            {"solution_field": "s"},
+            "s must be .*, got messages of user, assistant",
+        ),
         ({"messages": []}, {}, r"messages must be a list of messages .* got \[\]"),
         ({"messages": [ANSWERED]}, {}, "messages has no message of role user"),
         ({"messages": [USER, ANSWERED, ANSWERED]}, {}, "must end in .*, got assistant, assistant after it"),

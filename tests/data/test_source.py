@@ -161,7 +161,7 @@ def test_gold_answers_that_no_reward_reads_end_the_start_or_are_left_out() -> No
     for skip in (False, True):  # the side that is not graded stays as it is
         assert without_unreadable(tasks, grader, ("heldout",), skip) == (tasks, None)
     none = Tasks(tasks.train[1:3], tasks.heldout)
-    with pytest.raises(ValueError, match="a.jsonl:3: .* 2 of 2 training tasks: set rewards"):
+    with pytest.raises(ValueError, match="a.jsonl:3: .* 2 of 2 training tasks: choose rewards.functions"):
         without_unreadable(none, grader, ("train",), skip=True)
 
 

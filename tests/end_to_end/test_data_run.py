@@ -71,7 +71,7 @@ def test_a_model_that_learnt_conversations_answers_them(tmp_path: Path, capsys: 
     common = [*TINY, f"run.init={tmp_path / 'run' / 'weights'}", f"data.path={data}", "sampling.max_new_tokens=5",
               "data.heldout_tasks=5"]  # fmt: skip
     line = refused(capsys, "eval", *common)
-    assert "5 of 5 held-out tasks" in line and "set rewards" in line
+    assert "5 of 5 held-out tasks" in line and "choose rewards.functions" in line
     run("generate", *common, "prompts=[]")
     assert "no prompts are given: held-out tasks are asked" in capsys.readouterr().out
 
