@@ -43,13 +43,15 @@ class Tokenizer:
         eos_id: int,
         pad_id: int,
         stop_ids: Collection[int] = (),
+        bos_ids: Sequence[int] = (),
         files: Mapping[str, bytes] | None = None,
         pretrained: Any = None,
     ) -> None:
         """Wrap `backend`.
 
-        stop_ids: tokens that end a response, beside `eos_id`. files: those it was read from, which saving writes again.
-        pretrained: the transformers tokenizer it came from, which renders chat templates.
+        stop_ids: tokens that end a response, beside `eos_id`. bos_ids: tokens that the model expects in front of a
+        text. files: those it was read from, which saving writes again. pretrained: the transformers tokenizer it came
+        from, which renders chat templates.
         """
         self._backend, self._pretrained = backend, pretrained
         self._files = dict(files or {})
@@ -57,6 +59,8 @@ class Tokenizer:
         self.pad_id = pad_id
         self.stop_ids = tuple(sorted({eos_id, *stop_ids}))
         """Tokens that end a response."""
+        self.bos_ids = list(bos_ids)
+        """Tokens that the model expects in front of a text."""
         self.vocab_size = 1 + max(backend.get_vocab(with_added_tokens=True).values())
         """Rows that the embedding needs: one above the largest id, since ids may have gaps."""
         added = backend.get_added_tokens_decoder()
@@ -66,12 +70,6 @@ class Tokenizer:
     @cached_property
     def _special(self) -> SpecialTokens:
         return SpecialTokens(self._backend, {self.token(id_) for id_ in self._special_ids})
-
-    @cached_property
-    def bos_ids(self) -> list[int]:
-        """Tokens that the model expects in front of a text: those that the tokenizer puts there by itself."""
-        encoding = self._backend.encode("a", add_special_tokens=True)
-        return encoding.ids[: [*encoding.special_tokens_mask, 0].index(0)]
 
     def fingerprint(self) -> str:
         """Hash what each id means (every token with its id, and the one that ends a text), to be kept with the weights.
@@ -241,6 +239,12 @@ def _stop_ids(folder: Path, backend: tokenizers.Tokenizer) -> list[int]:
     return []
 
 
+def _bos_ids(backend: tokenizers.Tokenizer) -> list[int]:
+    """Find the tokens that a tokenizer puts in front of a text; not those that it puts behind it."""
+    encoding = backend.encode("a", add_special_tokens=True)
+    return encoding.ids[: [*encoding.special_tokens_mask, 0].index(0)]
+
+
 def _from_json(path: Path, eos_token: str, pad_token: str, files: Mapping[str, bytes]) -> Tokenizer:
     try:
         backend = tokenizers.Tokenizer.from_file(str(path))
@@ -250,7 +254,8 @@ def _from_json(path: Path, eos_token: str, pad_token: str, files: Mapping[str, b
     if eos_id is None:
         raise ValueError(f"{path} has no end token {eos_token!r}: name it (eos_token), or load its Hugging Face folder")
     pad_id = backend.token_to_id(pad_token)
-    return Tokenizer(backend, eos_id, eos_id if pad_id is None else pad_id, _stop_ids(path.parent, backend), files)
+    stop_ids = _stop_ids(path.parent, backend)
+    return Tokenizer(backend, eos_id, eos_id if pad_id is None else pad_id, stop_ids, _bos_ids(backend), files)
 
 
 def _from_pretrained(path: Path, eos_token: str | None, files: Mapping[str, bytes]) -> Tokenizer:
@@ -268,5 +273,9 @@ def _from_pretrained(path: Path, eos_token: str | None, files: Mapping[str, byte
     if eos_id is None:
         raise ValueError(f"the tokenizer in {str(path)!r} has no eos token: set eos_token in its {_CONFIG}")
     backend = pretrained.backend_tokenizer
-    stop_ids = _stop_ids(path, backend)
-    return Tokenizer(backend, eos_id, eos_id if pad_id is None else pad_id, stop_ids, files, pretrained)
+    bos_ids = _bos_ids(backend)
+    # DeepSeek's folders declare it here alone, which transformers 5 passes over beside a tokenizer.json.
+    if not bos_ids and _json(path / _CONFIG).get("add_bos_token") is True and pretrained.bos_token_id is not None:
+        bos_ids = [pretrained.bos_token_id]
+    pad_id = eos_id if pad_id is None else pad_id
+    return Tokenizer(backend, eos_id, pad_id, _stop_ids(path, backend), bos_ids, files, pretrained)

@@ -6,6 +6,7 @@ Conversations are marked by hand: {token} is a special token that the template w
 from __future__ import annotations
 
 import contextlib
+import json
 import pty
 import re
 from collections.abc import Sequence
@@ -307,6 +308,9 @@ def test_a_plain_prompt_begins_as_the_tokenizer_begins_texts(tmp_path: Path) -> 
         assert example.response == [*tokenizer.encode("12"), eos] and example.learnt == [True] * len(example.response)
     none = load_tokenizer(folder(tmp_path / "none", byte_level(SPECIAL), None, puts_bos=False))
     assert none.bos_ids == [] and PlainFormat(none, "{question}").prompt(task) == none.encode(task.question)
+    config = json.loads((tmp_path / "none" / "tokenizer_config.json").read_text())
+    (tmp_path / "none" / "tokenizer_config.json").write_text(json.dumps(config | {"add_bos_token": True}))
+    assert load_tokenizer(tmp_path / "none").bos_ids == [bos]  # as DeepSeek declares it
     own = train_tokenizer(["What is this?"], 300)
     assert own.bos_ids == [] and PlainFormat(own, "{question}").prompt(task) == own.encode(task.question)
     assert own.eos_id not in PlainFormat(own, "{question}").prompt(Task(1, "<eos>"))
