@@ -242,6 +242,8 @@ def test_the_blanks_and_words_around_a_special_token_count_as_in_transformers(
     [
         ("<{question}", "|im_end|>"),
         ("{question}>", "<|im_end|"),
+        ("<{question}", "|im_end|> so"),
+        ("{question}>", "so <|im_end|"),
         ("Q <|im_{question} </s", " end|> "),
         ("<|{question}|>", "im_end"),
         ("<{question}>", "s"),
@@ -418,6 +420,13 @@ def test_what_is_shown_has_the_blanks_of_the_whole_text(kind: str, tmp_path: Pat
     whole = tokenizer.decode_all(example.prompt + example.response)
     text = shown(example, tokenizer)
     assert text.replace("⟦", "").replace("⟧", "") == whole and text.startswith("<s>") and text.endswith("</s>⟧")
+
+
+def test_an_unknown_word_is_not_taken_for_the_prompt_that_it_begins_with(tmp_path: Path) -> None:
+    tokenizer = load_tokenizer(folder(tmp_path, wordpiece(SPECIAL), None))
+    unknown = tokenizer._backend.get_vocab()["[UNK]"]
+    example = PlainFormat(tokenizer, "{question}").example(Task(1, "ж", solution="жж"))  # all three are one word
+    assert example.response == [unknown, tokenizer.eos_id]
 
 
 def test_special_tokens_that_are_words_of_the_vocabulary_are_taken_to_pieces_in_texts(tmp_path: Path) -> None:
