@@ -38,11 +38,12 @@ class DataConfig:
     unreadable: Literal["error", "skip"] = "error"
     """A gold answer that no reward can read ends the start, or its task is left out, which is said."""
     prompt_template: str | None = None
-    """Prompt made from a question; none: "Question: {question}\\nAnswer:" for files, the question alone otherwise."""
+    """Prompt made from a question, or the user's message of chat; its special tokens count, a question's are text.
+    None: "Question: {question}\\nAnswer:" for files, and the question alone for generated tasks and in chat."""
     chat: bool = False
-    """Ask through the tokenizer's chat template: the prompt is a user's message."""
+    """Ask through the tokenizer's chat template: the question is a user's message, the solution the assistant's."""
     system: str | None = None
-    """System prompt of chat; none: that of the template, if it has one."""
+    """System prompt of conversations that have none of their own; none: that of the template, if it has one."""
     too_long: Literal["error", "skip"] = "error"
     """A prompt that leaves no room for its response, or an example of supervised training above model.max_length or
     run.max_tokens, ends the start, or is left out, which is said."""
