@@ -86,11 +86,11 @@ def test_the_limit_counts_packed_tokens() -> None:
     kept = examples(("123456", "1234567"), ("123456", "12345678"), ("123456", "1234567890"))
     assert kept.packed_E.tolist() == [12]
     left_out = kept.left_out
-    assert (left_out.too_long, left_out.longest, left_out.where) == (2, 15, "task 3, x.jsonl:3")
+    assert (left_out.too_long, left_out.longest, left_out.where) == (2, 15, "x.jsonl:3")
 
 
 def test_the_first_that_is_too_long_is_named() -> None:
-    message = "model.max_length = 12 is less than prompt and solution of task 2, x.jsonl:2, 16 tokens: .*too_long=skip"
+    message = "model.max_length = 12 is less than prompt and solution of x.jsonl:2, 16 tokens: .*too_long=skip"
     with pytest.raises(ValueError, match=message):
         examples(("q", "abc"), ("a longer one", "than!"), ("longest of all here", "abc"), skip=False)
 

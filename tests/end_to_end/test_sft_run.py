@@ -48,7 +48,11 @@ def test_examples_that_are_too_long_are_left_out_and_counted(tmp_path: Path, cap
     common = (*SFT, f"run.out={tmp_path / 'run'}", f"data.path={data}", f"data.heldout_path={heldout}",
               "data.heldout_tasks=null")  # fmt: skip
     line = refused(capsys, "sft", *common)
-    assert "model.max_length = 200 is less than prompt and solution of task 3" in line and "too_long=skip" in line
+    assert (
+        "model.max_length = 200 is less than prompt and solution of " in line
+        and "data.jsonl:3" in line
+        and "too_long=skip" in line
+    )
     run("sft", *common, "data.too_long=skip", "sft.steps=2", "sampling.max_new_tokens=100")
     said = capsys.readouterr().out
     assert "data.too_long = skip: 2 of 32 training examples are left out; the longest has " in said
