@@ -88,8 +88,12 @@ class Job(Generic[OwnConfigT]):
     def save(self, model: Model, tokenizer: Tokenizer) -> None:
         """Write weights and tokenizer to the output folder, a Hugging Face folder, also for `run.init`. Collective."""
         config, kind = self.config, model.spec.kind
-        ids = {"eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.pad_id}
-        source, dtype = self.source or Source.fresh(config.model, ids), config.run.weights_dtype or config.model.dtype
+        source, dtype = self.source, config.run.weights_dtype or config.model.dtype
+        if source is None:
+            (bos, *_), (*stops,) = (*tokenizer.bos_ids, None), tokenizer.stop_ids
+            eos = tokenizer.eos_id if len(stops) == 1 else stops
+            ids = {"bos_token_id": bos, "eos_token_id": eos, "pad_token_id": tokenizer.pad_id}
+            source = Source.fresh(config.model, ids)
         self.parallel.watchdog.enter("saving of weights")
         with self.parallel.watchdog.paused(), appearing(self.out / "weights", self.parallel.is_main) as folder:
             weights.save_weights(folder, model.chunks, config.model, self.parallel, TYPES[dtype], kind)

@@ -132,7 +132,7 @@ def _dtype(values: Mapping[str, Any]) -> WeightsType | None:
     return None if name is None else DTYPES[name]
 
 
-def fresh_config(model: ModelConfig, ids: Mapping[str, int | None]) -> Description:
+def fresh_config(model: ModelConfig, ids: Mapping[str, int | list[int] | None]) -> Description:
     """Describe a model that started from nothing, with the ids of its special tokens (eos_token_id, ...).
 
     Raises `ValueError` where no architecture has its biases and norms.

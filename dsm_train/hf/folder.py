@@ -51,9 +51,9 @@ class Source:
             raise ValueError(f"run.init: {error}") from error
 
     @classmethod
-    def fresh(cls, model: ModelConfig, ids: Mapping[str, int | None] | None = None) -> Source:
+    def fresh(cls, model: ModelConfig, ids: Mapping[str, int | list[int] | None]) -> Source:
         """Describe a model that starts from nothing; raises `ValueError` where no architecture can express it."""
-        return cls(None, fresh_config(model, ids or {}), None)
+        return cls(None, fresh_config(model, ids), None)
 
     def model(self, asked: ModelConfig, given: Mapping[str, str]) -> ModelConfig:
         """Return the model of the weights, to be run as `asked`; raises `ValueError` for what the user set otherwise.

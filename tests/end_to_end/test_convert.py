@@ -1,0 +1,102 @@
+"""Stage `convert`: a Hugging Face folder in and one out, the same tensors in other files, another type, any layout."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from commands import refused, run, run_on_ranks
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from dsm_train.config import ModelConfig
+from dsm_train.hf.config import fresh_config
+from dsm_train.hf.names import pieces
+
+MODEL = ModelConfig(
+    num_layers=3, hidden_size=32, num_heads=4, num_kv_heads=2, ffn_size=48, vocab_size=53, qkv_bias=True
+)
+BESIDE = {"tokenizer.json": "{ }", "generation_config.json": '{"eos_token_id": [1, 7]}', "dsm.json": "{}"}
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A model whose norms are fp32 and whose other weights are bf16, and a file of another kind."""
+    made = tmp_path / "in"
+    made.mkdir()
+    values = {**fresh_config(MODEL, {"eos_token_id": 1}).values, "torch_dtype": "bfloat16", "of_its_maker": 7}
+    (made / "config.json").write_text(json.dumps(values))
+    generator = torch.Generator().manual_seed(0)
+    weights = {piece.hf: torch.randn(piece.shape, generator=generator) for piece in pieces(MODEL, "language")}
+    weights = {name: value if "norm" in name else value.bfloat16() for name, value in weights.items()}
+    save_file(weights, made / "model.safetensors")
+    for name, text in BESIDE.items():
+        (made / name).write_text(text)
+    return made
+
+
+def tensors(folder: Path) -> dict[str, Tensor]:
+    return {name: value for file in folder.glob("*.safetensors") for name, value in load_file(file).items()}
+
+
+@pytest.mark.parametrize("ranks", [1, 4])
+def test_every_tensor_and_what_lies_beside_them_stays(ranks: int, folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    arguments = ("convert", f"run.init={folder}", f"run.out={out}", "shard_gb=2e-5", "run.threads=1")
+    if ranks == 1:
+        run(*arguments)
+    else:
+        printed = run_on_ranks(ranks, tmp_path, *arguments, "parallel.tp=2", "parallel.pp=2")
+        assert printed.startswith("Qwen2ForCausalLM: ") and str(out) in printed
+    before, after = tensors(folder), tensors(out)
+    assert before.keys() == after.keys()
+    assert all(torch.equal(after[name], value) and after[name].dtype == value.dtype for name, value in before.items())
+    assert all((out / name).read_text() == text for name, text in BESIDE.items())
+    assert json.loads((out / "config.json").read_text()) == json.loads((folder / "config.json").read_text())
+    files = list(out.glob("*.safetensors"))
+    assert len(files) > 2 and max(file.stat().st_size for file in files) < 25_000
+
+
+def test_another_type_is_written_and_named(folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    run("convert", f"run.init={folder}", f"run.out={out}", "run.weights_dtype=fp16", "run.threads=1")
+    assert all(torch.equal(tensors(out)[name], value.half()) for name, value in tensors(folder).items())
+    assert json.loads((out / "config.json").read_text())["torch_dtype"] == "float16"
+
+
+def test_a_value_head_is_converted_as_one(folder: Path, tmp_path: Path) -> None:
+    values = json.loads((folder / "config.json").read_text())
+    values |= {"architectures": ["Qwen2ForSequenceClassification"], "id2label": {"0": "LABEL_0"}}
+    (folder / "config.json").write_text(json.dumps(values))
+    weights = load_file(folder / "model.safetensors")
+    del weights["lm_head.weight"]
+    weights["score.weight"] = torch.arange(32.0)[None]
+    save_file(weights, folder / "model.safetensors")
+    run("convert", f"run.init={folder}", f"run.out={tmp_path / 'out'}", "run.threads=1")
+    after = tensors(tmp_path / "out")
+    assert after.keys() == weights.keys() and torch.equal(after["score.weight"], torch.arange(32.0)[None])
+    assert json.loads((tmp_path / "out" / "config.json").read_text()) == values
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["run.out={out}"], ["run.init must be given"]),
+        (["run.init={folder}"], ["run.out must be given"]),
+        (["run.init={folder}", "run.out={folder}"], ["is not empty", "choose a folder"]),
+        (["run.init={folder}/nowhere", "run.out={out}"], ["run.init", "nowhere is no folder"]),
+        (["run.init={folder}", "run.out={out}", "shard_gb=0"], ["shard_gb must be above 0"]),
+        (["run.init={folder}", "run.out={out}", "run.seed=1"], ["run.seed is not used by convert"]),
+        (["run.init={folder}", "run.out={out}", "parallel.tp=2"], ["2 x 1 = 2", "1 rank"]),
+    ],
+    ids=lambda value: " ".join(value[-1:]),
+)
+def test_mistakes_are_named(
+    arguments: list[str], words: list[str], folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = [argument.format(folder=folder, out=tmp_path / "out") for argument in arguments]
+    line = refused(capsys, "convert", *given)
+    assert all(word in line for word in words), line
+    assert not (tmp_path / "out").exists()
