@@ -134,6 +134,7 @@ def recipe(config: Mapping[str, Any], vocabulary: int) -> Recipe:
 def differences(start: Start, result: Trained) -> dict[str, float]:
     """Distance of the run from Algorithm 1, in tolerances, by name of what differs; {}: nothing does."""
     policy = AutoModelForCausalLM.from_pretrained(start.weights, dtype=torch.float64, attn_implementation="eager")
+    policy.get_input_embeddings().padding_idx = None  # a pad token that was sampled is a token like any other
     vocabulary = Tokenizer.from_file(str(start.weights / "tokenizer.json")).get_vocab_size()
     asked = recipe(result.config, vocabulary)
     names = ("group", "prompt_token", "response_token", "reward")
