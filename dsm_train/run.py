@@ -90,9 +90,12 @@ class Job(Generic[OwnConfigT]):
         config, kind = self.config, model.spec.kind
         source, dtype = self.source, config.run.weights_dtype or config.model.dtype
         if source is None:
-            (bos, *_), (*stops,) = (*tokenizer.bos_ids, None), tokenizer.stop_ids
-            eos = tokenizer.eos_id if len(stops) == 1 else stops
-            ids = {"bos_token_id": bos, "eos_token_id": eos, "pad_token_id": tokenizer.pad_id}
+            stops = tokenizer.stop_ids
+            ids = {
+                "bos_token_id": next(iter(tokenizer.bos_ids), None),
+                "eos_token_id": tokenizer.eos_id if len(stops) == 1 else list(stops),
+                "pad_token_id": tokenizer.pad_id,
+            }
             source = Source.fresh(config.model, ids)
         self.parallel.watchdog.enter("saving of weights")
         with self.parallel.watchdog.paused(), appearing(self.out / "weights", self.parallel.is_main) as folder:

@@ -72,7 +72,7 @@ def _placed(folder: Path) -> dict[str, str]:
 def _no_weights(folder: Path) -> str:
     """Say what a folder holds instead of weights that can be read, and what to do."""
     if not folder.is_dir():
-        return f"{folder} is no folder: give one of weights, such as a run's weights/ or a Hugging Face model"
+        return f"{folder} is no folder (nothing is downloaded): give a run's weights/ or a Hugging Face model"
     files = sorted(path.name for path in folder.iterdir())
 
     def with_end(*ends: str) -> str | None:

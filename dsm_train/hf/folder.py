@@ -9,10 +9,12 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from dsm_train.config import ModelConfig, require
 from dsm_train.hf.architectures import HeadKind
 from dsm_train.hf.config import Description, WeightsType, fresh_config, read_config
-from dsm_train.hf.files import check_tensors, stored_tensors
+from dsm_train.hf.files import Reader, check_tensors, stored_tensors
 from dsm_train.hf.names import pieces
 
 CONFIG, GENERATION, OURS = "config.json", "generation_config.json", "dsm.json"
@@ -20,6 +22,7 @@ _FORMER = "model.json"
 _AS_GIVEN = ("layers", "attention", "dtype", "recompute", "logits_mib", "vocab_multiple", "max_length")
 _OF_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx")
 _IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+_EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 _MODEL_TYPES: Mapping[WeightsType, str] = {"fp32": "fp32", "bf16": "bf16", "fp16": "fp32"}
 """Type that weights of each type are trained in."""
 
@@ -100,7 +103,10 @@ class Source:
         try:
             stored = stored_tensors(self.folder)
             expected = {piece.hf: piece.shape for piece in pieces(description.model, description.kind)}
-            check_tensors(self.folder, stored, expected, ["lm_head.weight"] if description.model.tied_head else [])
+            tied = description.model.tied_head
+            check_tensors(self.folder, stored, expected, [_HEAD] if tied else [])
+            if tied and _HEAD in stored:
+                _check_tied(self.folder)
         except ValueError as error:
             raise ValueError(f"run.init: {error}") from error
 
@@ -113,6 +119,16 @@ class Source:
         elif kind == "language" and values.get("eos_token_id") is not None:
             ids = {name: values[name] for name in _IDS if values.get(name) is not None}
             (folder / GENERATION).write_text(json.dumps(ids, indent=2) + "\n")
+
+
+def _check_tied(folder: Path) -> None:
+    """Raise `ValueError` where a tied head has weights of its own: transformers would then not tie it."""
+    with Reader(folder) as reader:
+        embedding, head = (reader.read(name, reader.tensors[name].shape, None, 0, 0) for name in (_EMBEDDING, _HEAD))
+        if embedding.dtype != head.dtype or not torch.equal(embedding, head):
+            raise ValueError(
+                f"{folder / CONFIG} has tie_word_embeddings = true, and {_HEAD} is not the embedding: set it to false"
+            )
 
 
 def _what(error: ValueError) -> str:
@@ -129,7 +145,7 @@ def _no_config(folder: Path) -> str:
             "no longer read: train again"
         )
     if not folder.is_dir():
-        return f"{folder} is no folder: give one of weights, such as a run's weights/ or a Hugging Face model"
+        return f"{folder} is no folder (nothing is downloaded): give a run's weights/ or a Hugging Face model"
     return f"{folder} holds no {CONFIG}: give a run's weights/ or a Hugging Face model"
 
 

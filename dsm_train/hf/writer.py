@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 from torch import Tensor
@@ -59,8 +60,8 @@ def shards(entries: Sequence[Entry], most_bytes: int = SHARD_BYTES) -> list[Shar
     return [Shard(name, tuple(part)) for name, part in zip(names, parts, strict=True)]
 
 
-def write_shard(folder: Path, shard: Shard, values: Iterable[Tensor]) -> None:
-    """Write a file's header, then its tensors one by one as `values` gives them, on the CPU."""
+def write_shard(folder: Path, shard: Shard, value: Callable[[Entry], Tensor | None]) -> None:
+    """Write a file's header, then its tensors one by one as `value` gives them, on the CPU; none is kept."""
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     end = 0
     for entry in shard.entries:
@@ -70,9 +71,13 @@ def write_shard(folder: Path, shard: Shard, values: Iterable[Tensor]) -> None:
     text += b" " * (-len(text) % 8)
     with (folder / shard.file).open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
-        for entry, value in zip(shard.entries, values, strict=True):
-            assert (tuple(value.shape), value.dtype) == (entry.shape, entry.dtype), entry.name
-            value.contiguous().view(torch.uint8).numpy().tofile(file)
+        for entry in shard.entries:
+            _append(file, entry, value(entry))
+
+
+def _append(file: BinaryIO, entry: Entry, value: Tensor | None) -> None:
+    assert value is not None and (tuple(value.shape), value.dtype) == (entry.shape, entry.dtype), entry.name
+    value.contiguous().view(torch.uint8).numpy().tofile(file)
 
 
 def write_index(folder: Path, written: Sequence[Shard]) -> None:

@@ -6,7 +6,6 @@ its shard: the same model in every layout.
 
 from __future__ import annotations
 
-import collections
 import hashlib
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -275,15 +274,17 @@ def save_weights(
     dist.all_gather_object(holders, held.keys() & {piece.ours for piece in whole.values()}, group=stages)
     types = dtype if isinstance(dtype, Mapping) else dict.fromkeys(whole, dtype)
     written = shards([Entry(name, piece.shape, types[name]) for name, piece in whole.items()], shard_bytes)
+
+    def value(entry: Entry) -> Tensor | None:
+        piece = whole[entry.name]
+        return _to_main(piece, held.get(piece.ours), entry.dtype, holders, parallel)
+
     for shard in written:
-        values = (
-            _to_main(whole[entry.name], held.get(whole[entry.name].ours), entry.dtype, holders, parallel)
-            for entry in shard.entries
-        )
         if parallel.is_main:
-            write_shard(folder, shard, (value for value in values if value is not None))
+            write_shard(folder, shard, value)
         else:
-            collections.deque(values, maxlen=0)
+            for entry in shard.entries:
+                value(entry)
     if parallel.is_main:
         write_index(folder, written)
 
@@ -311,18 +312,21 @@ def _to_main(
 
 
 def _gather(piece: Piece, parameter: Tensor, dtype: torch.dtype, parallel: Parallel) -> Tensor | None:
-    """Gather a tensor over the tensor-parallel ranks, on the CPU of the first; None on the others."""
+    """Put a tensor together from the tensor-parallel ranks' parts, on the CPU of the first; None on the others."""
     group = parallel.groups.tp
     part = piece.view(parameter.detach()).to("cpu", dtype).reshape(piece.local_shape(parameter)).contiguous()
-    if group.size() == 1 or piece.split is None:
-        parts = [part] if group.rank() == 0 else []
-    else:
-        parts = [torch.empty_like(part) for _ in range(group.size())] if group.rank() == 0 else []
-        bytes_of_parts = [part.view(torch.uint8) for part in parts] or None
-        dist.gather(part.view(torch.uint8), bytes_of_parts, group=group, group_dst=0)
-    if not parts:
+    if piece.split is None or group.size() == 1:
+        whole = part if piece.split is None else part.narrow(piece.split, 0, piece.shape[piece.split])
+        return whole if group.rank() == 0 else None
+    if group.rank() > 0:
+        dist.send(part.view(torch.uint8), group=group, group_dst=0)
         return None
-    if piece.split is None:
-        return parts[0]
-    whole = torch.cat(parts, dim=piece.split) if len(parts) > 1 else parts[0]
-    return whole.narrow(piece.split, 0, piece.shape[piece.split]).contiguous()
+    whole, size = torch.empty(piece.shape, dtype=dtype), part.shape[piece.split]
+    for place in range(group.size()):
+        if place > 0:
+            part = torch.empty_like(part) if place == 1 else part  # the first may be the weight itself
+            dist.recv(part.view(torch.uint8), group=group, group_src=place)
+        start = min(place * size, piece.shape[piece.split])
+        rows = whole.narrow(piece.split, start, min(size, piece.shape[piece.split] - start))
+        rows.copy_(part.narrow(piece.split, 0, rows.shape[piece.split]))  # the rest pads the vocabulary
+    return whole

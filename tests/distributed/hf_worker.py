@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -12,7 +15,6 @@ from torch.profiler import ProfilerActivity, profile
 from dsm_train.config import ParallelConfig
 from dsm_train.hf.files import stored_dtypes
 from dsm_train.hf.folder import Source
-from dsm_train.hf.names import pieces
 from dsm_train.hf.writer import appearing
 from dsm_train.megatron import parallel, weights
 from dsm_train.megatron.heads import HeadSpec
@@ -51,7 +53,7 @@ def run(folder: Path, layout: Parallel, out: Path) -> dict[str, object]:
     model = replace(source.description.model, dtype="fp32", vocab_multiple=8)
     spec = ModelSpec(model, HeadSpec.of(model, kind), folder)
     traced = folder.name == "wide"
-    result: dict[str, object] = memory(spec, folder, layout) if traced else {}
+    result: dict[str, object] = {"loading": peak_of(lambda: spec.chunks(layout), folder)} if traced else {}
     policy = Model.build(spec, layout)
     packed = PackedLayout.from_cu_seqlens(torch.tensor([0, *LENGTHS]).cumsum(0).int())
     hidden_ND = policy.hidden(torch.cat(tokens()), packed.positions_T, PackedAttend(packed))
@@ -61,33 +63,36 @@ def run(folder: Path, layout: Parallel, out: Path) -> dict[str, object]:
     if kind == "language":
         rollouts = EmbeddedEngine(policy, [1], seed=0).generate(PROMPTS, 1, GREEDY, step=0)
         result["greedy"] = [rollouts.sequences.response(s).tolist() for s in range(len(PROMPTS))]
+    before = [parameter.detach().clone() for chunk in policy.chunks for parameter in chunk.parameters()]
     with appearing(out / folder.name, layout.is_main) as written:
-        weights.save_weights(written, policy.chunks, model, layout, stored_dtypes(folder), kind, SHARD_BYTES)
+
+        def save() -> None:
+            weights.save_weights(written, policy.chunks, model, layout, stored_dtypes(folder), kind, SHARD_BYTES)
+
+        if traced:
+            result["saving"] = peak_of(save, folder)
+            result["held"] = sum(p.numel() * p.element_size() for chunk in policy.chunks for p in chunk.parameters())
+        else:
+            save()
         if layout.is_main:
             source.write(written, model, kind, None)
+    after = [parameter for chunk in policy.chunks for parameter in chunk.parameters()]
+    result["intact"] = all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
     return result
 
 
-def memory(spec: ModelSpec, folder: Path, layout: Parallel) -> dict[str, object]:
-    """Trace what torch allocates while a model is built and loaded: its peak, the shard, and the largest tensor.
+def peak_of(call: Callable[[], object], folder: Path) -> int:
+    """Trace what torch allocates on the CPU during a call, in bytes at once.
 
-    The files are mapped into memory, which the trace counts as well: these are left out.
+    The files of `folder` are mapped into memory, which the trace counts as well: these are left out.
     """
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as trace:
-        chunks = spec.chunks(layout)
+        call()
     mapped = {file.stat().st_size for file in folder.glob("*.safetensors")}
-    events = sorted(
-        (event.start_ns(), event.nbytes())
-        for event in trace.profiler.kineto_results.events()  # type: ignore[union-attr]
-        if event.name() == "[memory]" and abs(event.nbytes()) not in mapped
-    )
-    allocated, peak = 0, 0
-    for _, num_bytes in events:
-        allocated += num_bytes
-        peak = max(peak, allocated)
-    shard = sum(p.numel() * p.element_size() for chunk in chunks for p in chunk.parameters())
-    largest = max(torch.Size(piece.shape).numel() for piece in pieces(spec.config, "language")) * 4
-    return {"peak": peak, "shard": shard, "largest": largest, "mapped": len(mapped)}
+    events: list[Any] = trace.profiler.kineto_results.events()  # type: ignore[union-attr]
+    records = sorted((event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]")
+    allocated = [num_bytes for _, num_bytes in records if abs(num_bytes) not in mapped]
+    return max(itertools.accumulate(allocated), default=0)
 
 
 def main(rank: int, world: int, store: dist.Store, out: Path, *folders: str) -> None:

@@ -30,7 +30,7 @@ def write(folder: Path, tensors: dict[str, Tensor], most_bytes: int) -> None:
     """Write as a run does."""
     written = shards([Entry(name, tuple(value.shape), value.dtype) for name, value in tensors.items()], most_bytes)
     for shard in written:
-        write_shard(folder, shard, (tensors[entry.name] for entry in shard.entries))
+        write_shard(folder, shard, lambda entry: tensors[entry.name])
     write_index(folder, written)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from dsm_train.config import ModelConfig, RopeScaling
 from dsm_train.hf.folder import (
@@ -123,7 +123,12 @@ def test_weights_are_checked_against_their_description(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="has a value head, and a language model is trained here"):
         Source.of(make_folder(tmp_path, **value)).check_weights("language")
     tied = Source.of(make_folder(tmp_path, tie_word_embeddings=True))
-    tied.check_weights("language")  # its lm_head.weight is not read
+    tied.check_weights("language")  # its lm_head.weight is the embedding
+    weights = load_file(tmp_path / "model.safetensors")
+    weights["lm_head.weight"][3] = 0
+    save_file(weights, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match="tie_word_embeddings = true, and lm_head.weight is not the embedding"):
+        tied.check_weights("language")
 
 
 def test_the_vocabulary_is_the_tokenizers_where_there_are_no_weights(tmp_path: Path) -> None:
