@@ -10,7 +10,7 @@ from typing import TypeVar
 from dsm_train.config import ParallelConfig
 from dsm_train.configs import EvaluateConfig, GrpoConfig, SftConfig, StageConfig
 from dsm_train.course import DEFAULT_BATCH, Course, course_notes, plan
-from dsm_train.data.format import Format
+from dsm_train.data.format import Example, Format, shown
 from dsm_train.data.source import (
     Tasks,
     load_tasks,
@@ -81,6 +81,7 @@ def prepare(config: ConfigT, sampling: SamplingConfig | None) -> tuple[ConfigT, 
         notes.append(left_out)
     if isinstance(config, GrpoConfig):
         notes += [repetition_note(tasks.train, config.algorithm.prompts_per_step), *config.sampling.notes()]
+        notes.append(f"the first prompt:\n{shown(Example(format.prompt(tasks.train[0]), [], []), tokenizer)}")
     asked = (*tasks.train, *tasks.heldout) if answered else readable(tasks.heldout, grader)
     if sampling is not None and asked:
         check_lengths(config, sampling, asked, format)
