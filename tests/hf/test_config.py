@@ -280,7 +280,7 @@ def test_config_json_is_carried_over_but_for_what_changed() -> None:
 
 def test_a_longer_sequence_is_written_where_no_frequency_depends_on_it() -> None:
     plain, scaled = (read_config({"model_type": "llama", **SMALL, "max_position_embeddings": 64, **rope})
-                     for rope in ({}, {"rope_scaling": {"type": "dynamic", "factor": 2.0}}))  # fmt: skip
+                     for rope in ({}, {"rope_scaling": {"type": "yarn", "factor": 2.0}}))  # fmt: skip
     for description, longest in ((plain, 128), (scaled, 64)):
         model = replace(description.model, max_length=128)
         assert description.written(model, "language", None)["max_position_embeddings"] == longest
