@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from dsm_train.config import (
     AlgorithmConfig,
@@ -25,6 +25,9 @@ from dsm_train.eval.config import EvalConfig
 from dsm_train.rewards.config import RewardConfig
 from dsm_train.rollout.config import SamplingConfig
 from dsm_train.verify.config import VerifyConfig
+
+Side = Literal["train", "heldout"]
+"""Training or held-out tasks."""
 
 
 def check_vocab_size(config: StageConfig) -> None:
@@ -63,9 +66,16 @@ class StageConfig:
 
     unheeded: ClassVar[Mapping[str, str]] = {}
     """Keys and sections that a recipe may hold and the stage does not use, each with what to do instead."""
+    answers: ClassVar[tuple[Side, ...]] = ()
+    """Tasks that the stage answers and grades."""
 
     def __post_init__(self) -> None:
         check_vocab_size(self)
+
+    @property
+    def reads_tasks(self) -> bool:
+        """True when the stage needs tasks: to work on, or to train a tokenizer."""
+        return bool(self.answers) or (self.run.init is None and self.data.tokenizer is None)
 
     @property
     def supervised(self) -> SftTraining | None:
@@ -81,6 +91,8 @@ class SftConfig(StageConfig):
     """Supervised fine-tuning."""
     sampling: SamplingConfig = field(default_factory=lambda: SamplingConfig(temperature=0.0))
     """Sampling in evaluation."""
+
+    answers: ClassVar[tuple[Side, ...]] = ("heldout",)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -111,6 +123,8 @@ class GrpoConfig(StageConfig):
     record_step: int = 1
     """Exploration stage, counted from 1, whose rollouts `record` holds; 0: of all, in x-1.parquet ..."""
 
+    answers: ClassVar[tuple[Side, ...]] = ("train", "heldout")
+
     @property
     def supervised(self) -> SftTraining | None:
         """Warm-up, if there is one."""
@@ -140,6 +154,8 @@ class EvaluateConfig(StageConfig):
 
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     """Sampling for pass@k; greedy accuracy is measured as well."""
+
+    answers: ClassVar[tuple[Side, ...]] = ("heldout",)
 
     unheeded: ClassVar[Mapping[str, str]] = {
         "eval.every": "it counts steps of training",
@@ -175,6 +191,11 @@ class GenerateConfig(StageConfig):
         super().__post_init__()
         require_weights(self.run, "generate")
         at_least(1, self, "num_samples")
+
+    @property
+    def reads_tasks(self) -> bool:
+        """True without prompts: held-out tasks are asked then."""
+        return not self.prompts
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from dsm_train.config import ParallelConfig
-from dsm_train.configs import EvaluateConfig, GrpoConfig, SftConfig, StageConfig
+from dsm_train.configs import EvaluateConfig, GrpoConfig, StageConfig
 from dsm_train.course import DEFAULT_BATCH, Course, course_notes, plan
 from dsm_train.data.format import Example, Format, shown
 from dsm_train.data.source import (
@@ -20,7 +20,6 @@ from dsm_train.data.source import (
     repetition_note,
     split_note,
     unreadable_note,
-    without_too_long,
     without_unreadable,
 )
 from dsm_train.data.tasks import Task
@@ -45,6 +44,8 @@ class Questions:
     tokenizer: Tokenizer
     format: Format
     grader: Grader
+    source: Source | None = None
+    """Folder that the initial weights come from, as it was at the start."""
     course: Course | None = None
     """Supervised training; None for a stage without."""
     notes: tuple[str, ...] = ()
@@ -61,39 +62,95 @@ def prepare(config: ConfigT, sampling: SamplingConfig | None) -> tuple[ConfigT, 
     if source is not None:
         config = replace(config, model=source.model(config.model, config.given))
         source.check_weights("language")
-    tasks = load_tasks(config.data)
+    tasks = load_tasks(config.data) if config.reads_tasks else Tasks((), ())
     tokenizer = make_tokenizer(config.data, config.run.init, tasks.train)
     format, grader = make_format(config.data, tokenizer), make_grader(config)
     config = replace(config, model=with_vocabulary(config.model, source, tokenizer.vocab_size, tokenizer.fingerprint()))
+    check_layout(config)
+    try_rewards(config, tasks, grader)
+    notes = [source.note(config.given) if source is not None else None, *tasks.notes]
+    tasks, said = usable(config, sampling, tasks, format, grader)
+    course = None if config.supervised is None else plan(config, config.supervised, tasks, format)
+    notes += [*said, *stage_notes(config, tasks, format, tokenizer)]
+    notes += [] if course is None else course_notes(course, tokenizer)
+    told = tuple(note for note in notes if note is not None)
+    return config, Questions(tasks, tokenizer, format, grader, source, course, told)
+
+
+def check_layout(config: StageConfig) -> None:
+    """Raise `ValueError` for a layout that does not fit ranks, model or batch, and for layers that are missing."""
     vocab = padded_vocab(HeadSpec.of(config.model).vocab_size, config.model.vocab_multiple, config.parallel.tp)
     parallel.check_layout(config.parallel, config.model, vocab)
     if config.supervised is not None and config.supervised.batch_tokens is None:
         check_batch(config.parallel, "the batch of supervised training", config.supervised.batch or DEFAULT_BATCH)
-    # Supervised training reads its tasks, and answers held-out ones alone.
-    answered = not isinstance(config, SftConfig)
-    notes: list[str | None] = [source.note(config.given) if source is not None else None, *tasks.notes]
-    notes.append(split_note(config.data) if isinstance(config, EvaluateConfig) else None)
-    tasks, unread = graded(config, tasks, grader)
-    notes.append(unread)
-    if sampling is not None and config.data.too_long == "skip":
-        room = min(config.model.max_length, config.run.max_tokens) - sampling.max_new_tokens
-        tasks, left_out = without_too_long(tasks, format, room, answered=answered)
-        notes.append(left_out)
-    if isinstance(config, GrpoConfig):
-        notes += [repetition_note(tasks.train, config.algorithm.prompts_per_step), *config.sampling.notes()]
-        notes.append(f"the first prompt:\n{shown(Example(format.prompt(tasks.train[0]), [], []), tokenizer)}")
-    asked = (*tasks.train, *tasks.heldout) if answered else readable(tasks.heldout, grader)
-    if sampling is not None and asked:
-        check_lengths(config, sampling, asked, format)
-    uses_transformer_engine(config.model)  # raises where the layers or the attention that were asked for are missing
+    uses_transformer_engine(config.model)
     core_attention(config.model)
-    course = None if config.supervised is None else plan(config, config.supervised, tasks, format)
-    notes += [] if course is None else course_notes(course, tokenizer)
-    if parallel.rank() == 0 and "rewards" not in config.unheeded:
-        every = [*tasks.train, *tasks.heldout]
-        grader.try_functions(next((task for task in every if task.solution or task.answer), every[0]))
-    told = tuple(note for note in notes if note is not None)
-    return config, Questions(tasks, tokenizer, format, grader, course, told)
+
+
+def try_rewards(config: StageConfig, tasks: Tasks, grader: Grader) -> None:
+    """Try the user's reward functions on one task, on one rank of each machine; `ValueError` for one that fails."""
+    if config.answers and parallel.local_rank() == 0:
+        known = (*tasks.train, *tasks.heldout)
+        grader.try_functions(next((task for task in known if task.solution or task.answer), known[0]))
+
+
+def usable(
+    config: StageConfig, sampling: SamplingConfig | None, tasks: Tasks, format: Format, grader: Grader
+) -> tuple[Tasks, list[str | None]]:
+    """Refuse or leave out, as the configuration says, the tasks that cannot be graded or answered, with the lines."""
+    if config.supervised is not None and "train" not in config.answers:
+        # Supervised training learns from solutions, and grades where it can.
+        unread = unreadable_note(tasks.heldout, grader)
+        sampling = sampling if readable(tasks.heldout, grader) else None
+    else:
+        tasks, unread = without_unreadable(tasks, grader, config.answers, skip=config.data.unreadable == "skip")
+    too_long = None
+    if sampling is not None:
+        tasks, too_long = without_too_long(config, sampling, tasks, format)
+    return tasks, [unread, too_long]
+
+
+def without_too_long(
+    config: StageConfig, sampling: SamplingConfig, tasks: Tasks, format: Format
+) -> tuple[Tasks, str | None]:
+    """Refuse the tasks to be answered whose prompt leaves no room, or leave them out with the line that counts them.
+
+    Raises `ValueError` where none is left.
+    """
+    skipped = []
+    room = min(config.model.max_length, config.run.max_tokens) - sampling.max_new_tokens
+    for side in config.answers:
+        asked: Sequence[Task] = getattr(tasks, side)
+        lengths = [len(format.prompt(task)) for task in asked]
+        if config.data.too_long == "skip":
+            name = "training" if side == "train" else "held-out"
+            fitting = [(task, length) for task, length in zip(asked, lengths, strict=True) if length <= room]
+            if asked and not fitting:
+                raise ValueError(
+                    f"every prompt of the {name} tasks has more than {room} tokens: raise model.max_length and "
+                    "run.max_tokens, or lower sampling.max_new_tokens"
+                )
+            if len(fitting) < len(asked):
+                skipped.append(f"{len(asked) - len(fitting)} of {len(asked)} {name} tasks")
+            asked, lengths = [task for task, _ in fitting], [length for _, length in fitting]
+            tasks = replace(tasks, **{side: tuple(asked)})
+        check_lengths(config, sampling, asked, lengths)
+    if not skipped:
+        return tasks, None
+    return tasks, (
+        f"data.too_long = skip: {' and '.join(skipped)} are left out, whose prompts have more than {room} tokens"
+    )
+
+
+def stage_notes(config: StageConfig, tasks: Tasks, format: Format, tokenizer: Tokenizer) -> list[str | None]:
+    """List what the user of this stage should know at start."""
+    if isinstance(config, EvaluateConfig):
+        return [split_note(config.data)]
+    if not isinstance(config, GrpoConfig):
+        return []
+    first = shown(Example(format.prompt(tasks.train[0]), [], []), tokenizer)
+    repetition = repetition_note(tasks.train, config.algorithm.prompts_per_step)
+    return [repetition, *config.sampling.notes(), f"the first prompt:\n{first}"]
 
 
 def make_grader(config: StageConfig) -> Grader:
@@ -112,17 +169,6 @@ def make_grader(config: StageConfig) -> Grader:
     return Grader(config.rewards, list(dict.fromkeys(map(str, folders))))
 
 
-def graded(config: StageConfig, tasks: Tasks, grader: Grader) -> tuple[Tasks, str | None]:
-    """Refuse or leave out tasks that the stage would grade and no reward can read, with the line that says so.
-
-    Supervised training leaves none out: it learns from solutions, and grades where it can.
-    """
-    if isinstance(config, SftConfig):
-        return tasks, unreadable_note(tasks.heldout, grader)
-    sides = {GrpoConfig: ("train", "heldout"), EvaluateConfig: ("heldout",)}.get(type(config), ())
-    return without_unreadable(tasks, grader, sides, skip=config.data.unreadable == "skip")
-
-
 def check_batch(layout: ParallelConfig, name: str, size: int, minibatches: int = 1) -> None:
     """Raise `ValueError` unless a batch splits evenly over data-parallel replicas and minibatches."""
     replicas = layout.replicas(parallel.world_size())
@@ -133,13 +179,17 @@ def check_batch(layout: ParallelConfig, name: str, size: int, minibatches: int =
         )
 
 
-def check_lengths(config: StageConfig, sampling: SamplingConfig, tasks: Sequence[Task], format: Format) -> None:
-    """Raise `ValueError` when a prompt is empty, leaves no room for its response, or exceeds a micro-batch."""
-    lengths = [(len(format.prompt(task)), task) for task in tasks]
-    shortest, task = min(lengths, key=lambda item: item[0])
+def check_lengths(config: StageConfig, sampling: SamplingConfig, tasks: Sequence[Task], lengths: Sequence[int]) -> None:
+    """Raise `ValueError` when a prompt is empty, leaves no room for its response, or exceeds a micro-batch.
+
+    lengths: tokens of each task's prompt.
+    """
+    if not tasks:
+        return
+    shortest, task = min(zip(lengths, tasks, strict=True), key=lambda item: item[0])
     if shortest == 0:
         raise ValueError(f"the prompt of {task.label} has no token: there is nothing to continue")
-    longest, task = max(lengths, key=lambda item: item[0])
+    longest, task = max(zip(lengths, tasks, strict=True), key=lambda item: item[0])
     total, limit = longest + sampling.max_new_tokens, config.model.max_length
     if total > limit:
         raise ValueError(

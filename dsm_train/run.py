@@ -171,9 +171,10 @@ def start(config: ConfigT, stage: str, questions: Questions, *, trains: bool = T
         threads = parallel.set_threads(config.run.threads)
         ranks = parallel.start(config.parallel, config.run.seed)
         check_alike(ranks.gather_over_ranks(identity(config, questions)))
-        source = None if config.run.init is None else Source.of(config.run.init)
     out, metrics, samples = folder.path if folder else None, Metrics(None), Samples(None)
     try:
+        if not ranks.is_replica_main:
+            questions.grader.close()  # it has tried the user's functions, and others grade
         with ranks.watchdog.failures():
             if trains:
                 config = replace(config, run=replace(config.run, out=ranks.from_main(out)))
@@ -181,7 +182,7 @@ def start(config: ConfigT, stage: str, questions: Questions, *, trains: bool = T
                 folder.begin()
                 (folder.path / "config.yaml").write_text(to_yaml(config))
                 metrics, samples = Metrics(out), Samples(out)
-            job = Job(config, ranks, metrics, samples, source)
+            job = Job(config, ranks, metrics, samples, questions.source)
             job.say("\n".join([startup_table(served_by(config, ranks, threads)), *questions.notes, *missing_ops()]))
             yield job
             if folder is not None:
@@ -197,10 +198,7 @@ def start(config: ConfigT, stage: str, questions: Questions, *, trains: bool = T
 
 def identity(config: StageConfig, questions: Questions) -> dict[str, str]:
     """Write down what has to be the same on every rank."""
-    tasks = digest(
-        f"{task.question}\0{task.answer}\0{task.solution}"
-        for task in (*questions.tasks.train, *questions.tasks.heldout)
-    )
+    tasks = digest(repr(task) for task in (*questions.tasks.train, *questions.tasks.heldout))
     return fingerprint(config, tasks, questions.tokenizer.fingerprint(), __version__)
 
 

@@ -161,32 +161,6 @@ def without_unreadable(tasks: Tasks, grader: Grader, sides: Sequence[str], skip:
     return left, f"data.unreadable = skip: left out are {'; and '.join(said)}"
 
 
-def without_too_long(tasks: Tasks, format: Format, longest: int, *, answered: bool = True) -> tuple[Tasks, str | None]:
-    """Leave out the tasks whose prompt has more than `longest` tokens; returns those left, and the line that says so.
-
-    answered: training tasks are, too; supervised training reads them, and answers held-out ones alone.
-    Raises `ValueError` when none is left on one side.
-    """
-
-    def fitting(side: Sequence[Task]) -> tuple[Task, ...]:
-        return tuple(task for task in side if len(format.prompt(task)) <= longest)
-
-    train = fitting(tasks.train) if answered else tasks.train
-    left = replace(tasks, train=train, heldout=fitting(tasks.heldout))
-    skipped = [len(tasks.train) - len(left.train), len(tasks.heldout) - len(left.heldout)]
-    if not left.train or not left.heldout:
-        raise ValueError(
-            f"every prompt of the {'held-out' if left.train else 'training'} tasks has more than {longest} tokens: "
-            "raise model.max_length and run.max_tokens, or lower sampling.max_new_tokens"
-        )
-    if not any(skipped):
-        return tasks, None
-    return left, (
-        f"data.too_long = skip: {skipped[0]} of {len(tasks.train)} training tasks and {skipped[1]} of "
-        f"{len(tasks.heldout)} held-out tasks are left out, whose prompts have more than {longest} tokens"
-    )
-
-
 def make_tokenizer(config: DataConfig, init: Path | None, tasks: Sequence[Task]) -> Tokenizer:
     """Load the tokenizer that was asked for or that of the weights to start from, or train one on the training tasks.
 

@@ -159,6 +159,11 @@ def rank() -> int:
     return dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", "0"))
 
 
+def local_rank() -> int:
+    """Return this process's rank among those of its machine; 0 without torchrun."""
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
 def check_layout(parallel: ParallelConfig, model: ModelConfig, vocab_size: int) -> None:
     """Raise `ValueError` unless the layout fits the number of ranks and divides the model."""
     world, cells = world_size(), parallel.model_ranks

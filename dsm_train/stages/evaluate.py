@@ -44,12 +44,12 @@ def evaluate(config: EvaluateConfig) -> None:
 def generate(config: GenerateConfig) -> None:
     """Sample responses to prompts, and print them."""
     with user_errors("dsm-train generate"):
-        config, questions = prepare(config, None if config.prompts else config.sampling)
+        config, questions = prepare(config, None)
         tokenizer = questions.tokenizer
         if not config.prompts:
             questions = replace(questions, notes=(*questions.notes, "no prompts are given: held-out tasks are asked"))
         asked = [Task(i, text) for i, text in enumerate(config.prompts)] or questions.tasks.heldout[:4]
-        check_lengths(config, config.sampling, asked, questions.format)
+        check_lengths(config, config.sampling, asked, [len(questions.format.prompt(task)) for task in asked])
     with start(config, "generate", questions, trains=False) as job:
         model = Model.build(job.language_model(), job.parallel)
         engine = EmbeddedEngine(model, tokenizer.stop_ids, config.run.seed)

@@ -10,7 +10,6 @@ import pytest
 
 from dsm_train.data.arithmetic import count_tasks
 from dsm_train.data.config import DataConfig
-from dsm_train.data.format import PlainFormat
 from dsm_train.data.source import (
     Tasks,
     load_tasks,
@@ -18,7 +17,6 @@ from dsm_train.data.source import (
     readable,
     repetition_note,
     unreadable_note,
-    without_too_long,
     without_unreadable,
 )
 from dsm_train.data.tasks import Task
@@ -212,20 +210,6 @@ def test_what_cannot_be_heeded_is_refused(arguments: dict[str, Any], message: st
 @pytest.mark.parametrize("template", ["{question}\n", r"{question} \neq \boxed{}", r"\nu: {question}"])
 def test_line_breaks_and_latex_are_templates(template: str) -> None:
     assert DataConfig(prompt_template=template).prompt_template == template
-
-
-def test_tasks_that_are_too_long_are_left_out_and_counted(tmp_path: Path) -> None:
-    path = write_jsonl(tmp_path / "a.jsonl", range(20))
-    long = {"question": "How " + "very " * 50 + "long?", "answer": "1"}
-    path.write_text(path.read_text() + json.dumps(long) + "\n")
-    tasks = load_tasks(DataConfig(path=(path,), heldout_path=(write_jsonl(tmp_path / "b.jsonl", range(30, 40)),)))
-    format = PlainFormat(make_tokenizer(DataConfig(), None, tasks.train[:3]), "Question: {question}\nAnswer:")
-    left, line = without_too_long(tasks, format, longest=60)
-    assert len(left.train) == 20 and left.heldout == tasks.heldout
-    assert line is not None and "1 of 21 training tasks and 0 of 10 held-out tasks are left out" in line
-    assert without_too_long(left, format, longest=60) == (left, None)
-    with pytest.raises(ValueError, match="every prompt of the training tasks has more than 3 tokens: raise model.max"):
-        without_too_long(tasks, format, longest=3)
 
 
 def test_a_file_smaller_than_a_step_is_said() -> None:
