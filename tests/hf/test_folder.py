@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 from dsm_train.config import ModelConfig, RopeScaling
 from dsm_train.hf.folder import (
@@ -182,3 +184,31 @@ def test_all_but_weights_is_carried_over(tmp_path: Path) -> None:
         (source / name).write_text(name)
     carry_over(source, target)
     assert {path.name: path.read_text() for path in target.iterdir()} == {name: name for name in kept}
+
+
+FRESH = {
+    "llama": SAVED,
+    "llama, biases, llama3": replace(
+        SAVED, qkv_bias=True, output_bias=True, mlp_bias=True, rope=RopeScaling("llama3", 8.0, 128), tied_head=True
+    ),
+    "mistral, yarn": replace(SAVED, hidden_size=18, num_heads=4, head_size=4, rope=RopeScaling("yarn", 4.0, 256)),
+    "qwen2, dynamic": replace(SAVED, qkv_bias=True, rope=RopeScaling("dynamic", 2.0, 2048)),
+    "qwen3, linear": replace(SAVED, qk_norm=True, rope=RopeScaling("linear", 4.0), rope_base=5e5),
+}
+
+
+@pytest.mark.parametrize("model", FRESH.values(), ids=FRESH)
+def test_transformers_loads_a_model_that_started_here_without_a_warning(
+    model: ModelConfig, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    source = Source.fresh(model, {"bos_token_id": None, "eos_token_id": [1, 2], "pad_token_id": 0})
+    source.write(tmp_path, model, "language", "bf16")
+    weights = {piece.hf: torch.ones(piece.shape, dtype=torch.bfloat16) for piece in pieces(model, "language")}
+    save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
+    loaded, info = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)  # type: ignore[misc]
+    assert not any(info.values()) and not caplog.records, (info, caplog.text)
+    assert loaded.dtype == torch.bfloat16 and loaded.generation_config.eos_token_id == [1, 2]
+    rope = loaded.config.rope_parameters
+    kind = "default" if model.rope.kind == "none" else model.rope.kind
+    assert (rope["rope_type"], rope["rope_theta"]) == (kind, model.rope_base)
