@@ -47,7 +47,8 @@ class Evaluator:
         """Judge the greedy response to each task, over all data-parallel replicas. Collective."""
         graded = self._graded(tasks, 1, replace(self.sampling, temperature=0.0, top_p=1.0, top_k=0))
         judged = [verdict.reward for _, verdict in graded if not math.isnan(verdict.reward)]
-        failed = [float(any(map(math.isnan, verdict.parts))) for _, verdict in graded]
+        counted = [i for i, function in enumerate(self.grader.config.functions) if function.weight]
+        failed = [float(any(math.isnan(verdict.parts[i]) for i in counted)) for _, verdict in graded]
         return Greedy(self._mean([float(v.correct) for _, v in graded]), self._mean(judged), self._mean(failed))
 
     def greedy_accuracy(self, tasks: Sequence[Task]) -> float:

@@ -54,12 +54,12 @@ class Journal:
         """Write down step `step` (from 0) of the loop. Collective."""
         number = step + 1
         assert rollouts.reward_S is not None and rollouts.reward_SF is not None
-        labels = self.evaluator.grader.config.labels
+        config = self.evaluator.grader.config
         rewards = self.parallel.gather_over_data((rollouts.reward_S, rollouts.reward_SF))
         reward_S, reward_SF = (torch.cat(parts) for parts in zip(*rewards, strict=True))
         logprob_T = rollouts.rollout_logprob_T  # replicas differ in tokens: their means may not be averaged
         sums = self.parallel.gather_over_data((float(logprob_T.double().sum()), len(logprob_T)))
-        values = reward_metrics(reward_S, reward_SF, labels)
+        values = reward_metrics(reward_S, reward_SF, config.functions)
         values |= self.parallel.average(rollout_metrics(rollouts)) | step_metrics(results)
         values["rollout_logprob"] = sum(total for total, _ in sums) / max(1, sum(count for _, count in sums))
         if not self.has_reference:
@@ -69,7 +69,7 @@ class Journal:
         if self.every and number % self.every == 0 and number < self.steps:
             values["heldout_accuracy"] = self.evaluator.greedy_accuracy(self.heldout)
         loop.log(values, tokens=int(sequence_lengths(rollouts.sequences).sum()), shown=SHOWN)
-        samples = read_samples(rollouts, tasks, self.tokenizer, self.evaluator.format, labels, count=4)
+        samples = read_samples(rollouts, tasks, self.tokenizer, self.evaluator.format, config.labels, count=4)
         self.samples.log(number, samples)
         self._warn(loop, number, values)
 
@@ -85,7 +85,8 @@ class Journal:
         self._unjudged = self._unjudged + 1 if unjudged else 0
         if self._unjudged == PATIENCE:
             trouble = self.evaluator.trouble()
-            silent = [name.removeprefix("no_verdict_") for name in values if name.startswith("no_verdict_")]
+            functions = self.evaluator.grader.config.functions
+            silent = [f.label for f in functions if f.weight and f"no_verdict_{f.label}" in values]
             loop.say(
                 f"{PATIENCE} steps to step {number}: {values['no_verdict']:.0%} of the responses got no verdict of "
                 f"{' or '.join(silent)}" + (f"; the last failure: {trouble}" if trouble else "")

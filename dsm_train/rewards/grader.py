@@ -22,7 +22,7 @@ class Verdict:
     correct: bool
     """True when the first function gives at least 1: what evaluation counts."""
     parts: tuple[float, ...]
-    """Value of each function, NaN where it gave no verdict; 0 for a response that was cut off, which none is asked."""
+    """Value of each function, NaN where it gave no verdict; 0 for a truncated response, which no function sees."""
 
 
 class Grader:
@@ -89,8 +89,9 @@ class Grader:
         return self._worker.call(self.config.calls.index(call), completions, tasks)
 
     def _verdict(self, parts: tuple[float, ...]) -> Verdict:
-        weighted = (function.weight * part for function, part in zip(self.config.functions, parts, strict=True))
-        reward = _within_fp32(sum(weighted))
+        pairs = zip(self.config.functions, parts, strict=True)
+        # A function of weight 0 only measures: 0 * NaN would be NaN.
+        reward = _within_fp32(sum(function.weight * part for function, part in pairs if function.weight))
         if math.isnan(reward) and self.config.no_verdict == "zero":
             reward = 0.0
         return Verdict(reward, parts[0] >= 1.0, parts)

@@ -17,6 +17,7 @@ from dsm_train.data.tasks import Task
 from dsm_train.data.tokenizer import Tokenizer
 from dsm_train.megatron.parallel import Parallel
 from dsm_train.reporting.metrics import Sample
+from dsm_train.rewards.config import RewardFunction
 from dsm_train.rewards.grader import Grader, Verdict
 from dsm_train.types import Rollouts
 
@@ -101,18 +102,19 @@ def rollout_metrics(rollouts: Rollouts) -> dict[str, float]:
     }
 
 
-def reward_metrics(reward_S: Tensor, reward_SF: Tensor, labels: Sequence[str]) -> dict[str, float]:
+def reward_metrics(reward_S: Tensor, reward_SF: Tensor, functions: Sequence[RewardFunction]) -> dict[str, float]:
     """Summarise the rewards of a step, of all replicas: means and deviation over the responses with a verdict.
 
-    labels: names of the reward functions. NaN where there is no verdict at all.
+    NaN where there is no verdict at all. A function of weight 0 has no part in `no_verdict`.
     """
+    labels, counted = [f.label for f in functions], [i for i, f in enumerate(functions) if f.weight]
     judged = reward_S[~reward_S.isnan()].double()
     failed_F = reward_SF.isnan().double().mean(0).tolist()
     mean_F = reward_SF.double().nanmean(0).tolist()
     return {
         "reward": float(judged.mean()),
         "reward_std": float(judged.std()) if len(judged) > 1 else 0.0,
-        "no_verdict": float(reward_SF.isnan().any(1).double().mean()),
+        "no_verdict": float(reward_SF[:, counted].isnan().any(1).double().mean()),
         **{f"reward_{label}": mean for label, mean in zip(labels, mean_F, strict=True)},
         **{f"no_verdict_{label}": share for label, share in zip(labels, failed_F, strict=True) if share},
     }

@@ -12,7 +12,7 @@ import torch
 from dsm_train.data.format import PlainFormat
 from dsm_train.data.tasks import Task
 from dsm_train.data.tokenizer import Tokenizer, train_tokenizer
-from dsm_train.eval.evaluate import Evaluator, pass_at_k
+from dsm_train.eval.evaluate import Evaluator, Greedy, pass_at_k
 from dsm_train.megatron.parallel import Parallel
 from dsm_train.megatron.step import Model
 from dsm_train.rewards import RewardConfig, RewardFunction
@@ -79,6 +79,17 @@ def test_the_grader_says_what_is_correct(
     assert Evaluator(engine, tokenizer, PlainFormat(tokenizer, "{question}"), layout, SAMPLING, grader).greedy_accuracy(
         TASKS
     ) == pytest.approx(share)
+
+
+def test_a_function_that_only_measures_takes_no_verdict_away(tokenizer: Tokenizer, layout: Parallel) -> None:
+    functions = (RewardFunction("numeric"), RewardFunction(call="no_such_module:f", weight=0.0))
+    grader = Grader(RewardConfig(functions))
+    evaluator = Evaluator(
+        Scripted(tokenizer, [1] * 7), tokenizer, PlainFormat(tokenizer, "{question}"), layout, SAMPLING, grader
+    )
+    assert evaluator.greedy(TASKS) == Greedy(1.0, 1.0, 0.0)
+    assert grader.trouble is not None and "no module no_such_module" in grader.trouble
+    grader.close()
 
 
 def test_pass_at_k_averages_over_tasks(tokenizer: Tokenizer, layout: Parallel) -> None:

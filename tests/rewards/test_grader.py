@@ -111,6 +111,15 @@ def test_what_is_no_finite_number_is_no_verdict_and_never_0(body: str, parts: tu
     assert [v.parts for v in zero] == [v.parts for v in graded] or any(map(math.isnan, parts))
 
 
+def test_a_function_that_only_measures_takes_no_verdict_away(make: Make) -> None:
+    (judged,) = make("return [None]", weight=0.0).grade(["72"], [TASK], [True])
+    assert judged.reward == 1 and judged.correct and math.isnan(judged.parts[1])
+    (judged,) = make("return [1e300]", weight=0.0, no_verdict="zero").grade(["72"], [TASK], [True])
+    assert judged.reward == 1
+    (judged,) = make("return [None]", first=True, weight=0.0).grade(["72"], [TASK], [True])
+    assert judged.reward == 1 and not judged.correct
+
+
 def test_a_response_without_a_verdict_of_the_first_function_is_not_correct(make: Make) -> None:
     (judged,) = make("return [None]", first=True).grade(["72"], [TASK], [True])
     assert not judged.correct and math.isnan(judged.reward)

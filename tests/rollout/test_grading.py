@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import tiny
 import torch
 
+from dsm_train.rewards import RewardFunction
 from dsm_train.rewards.grader import Verdict
 from dsm_train.rollout.grading import reward_metrics, rollout_metrics, shuffle_rewards, with_rewards
 from dsm_train.types import Rollouts
 
 NONE = math.nan
+FUNCTIONS = [RewardFunction(call="mine:a"), RewardFunction(call="mine:b")]
 PARTS = [(1.0, 0.5), (1.0, NONE), (0.0, 0.25), (NONE, 0.5), (NONE, NONE), (NONE, 2.0), (1.0, 1.0), (1.0, NONE)]
 """Four groups of two, by two functions: without a verdict are one response of the first, both of the third ..."""
 
@@ -29,7 +32,7 @@ def graded() -> Rollouts:
 def test_means_are_over_verdicts() -> None:
     rollouts = graded()
     assert rollouts.reward_S is not None and rollouts.reward_SF is not None
-    values = reward_metrics(rollouts.reward_S, rollouts.reward_SF, ["a", "b"])
+    values = reward_metrics(rollouts.reward_S, rollouts.reward_SF, FUNCTIONS)
     assert values == pytest.approx(
         {
             "reward": (1.5 + 0.25 + 2.0) / 3,
@@ -41,10 +44,17 @@ def test_means_are_over_verdicts() -> None:
             "no_verdict_b": 3 / 8,
         }
     )
+    measured = reward_metrics(rollouts.reward_S, rollouts.reward_SF, [FUNCTIONS[0], replace(FUNCTIONS[1], weight=0.0)])
+    assert measured == values | {"no_verdict": 3 / 8}  # a function that only measures judges nothing
     whole = torch.tensor([[1.0], [0.0]])
-    assert reward_metrics(whole[:, 0], whole, ["a"]).keys() == {"reward", "reward_std", "no_verdict", "reward_a"}
+    assert reward_metrics(whole[:, 0], whole, FUNCTIONS[:1]).keys() == {
+        "reward",
+        "reward_std",
+        "no_verdict",
+        "reward_a",
+    }
     nothing = torch.full((2, 1), NONE)
-    assert math.isnan(reward_metrics(nothing[:, 0], nothing, ["a"])["reward"])
+    assert math.isnan(reward_metrics(nothing[:, 0], nothing, FUNCTIONS[:1])["reward"])
 
 
 def test_a_group_with_one_verdict_or_none_has_no_spread() -> None:
