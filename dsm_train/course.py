@@ -20,7 +20,7 @@ from dsm_train.config import ParallelConfig, SftTraining, check_warmup
 from dsm_train.configs import GrpoConfig, StageConfig
 from dsm_train.data.format import Format, shown
 from dsm_train.data.order import Order, order_of
-from dsm_train.data.source import Tasks
+from dsm_train.data.source import Tasks, check_shares
 from dsm_train.data.tasks import Task
 from dsm_train.data.tokenizer import Tokenizer
 from dsm_train.examples import Examples, Limit, tokenise
@@ -126,6 +126,8 @@ def plan(config: StageConfig, training: SftTraining, tasks: Tasks, format: Forma
             f"supervised training needs worked solutions, and {tasks.train[0].label} has none, like all others: write "
             "them before '#### answer', name their field with data.solution_field, or set steps=0"
         )
+    if section == "sft":  # a warm-up may do without files that have no solutions
+        check_shares(train.tasks, config.data)
     if training.batch_tokens is None:
         size_E, budget = torch.ones_like(train.given_E), training.batch or DEFAULT_BATCH
     else:

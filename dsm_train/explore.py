@@ -20,8 +20,7 @@ def explore(
     engine: RolloutEngine, questions: Questions, config: GrpoConfig, parallel: Parallel, step: int
 ) -> tuple[list[Task], Rollouts]:
     """Draw this replica's share of the step's questions, and sample a group of responses to each."""
-    prompts_per_step, weights = config.algorithm.prompts_per_step, config.data.weights
-    drawn = draw(questions.tasks.train, prompts_per_step, step, config.run.seed, weights)
+    drawn = draw(questions.tasks.train, questions.order, config.algorithm.prompts_per_step, step)
     # Counted over the whole stage, before replicas take their shares: random numbers do not depend on the layout.
     tasks, times = parallel.share(drawn), parallel.share(occurrences(drawn))
     prompts = [Prompt(task.id, questions.format.prompt(task), n) for task, n in zip(tasks, times, strict=True)]

@@ -11,8 +11,10 @@ from dsm_train.config import ParallelConfig
 from dsm_train.configs import EvaluateConfig, GrpoConfig, StageConfig
 from dsm_train.course import DEFAULT_BATCH, Course, course_notes, plan
 from dsm_train.data.format import Example, Format, shown
+from dsm_train.data.order import Order, order_of
 from dsm_train.data.source import (
     Tasks,
+    check_shares,
     load_tasks,
     make_format,
     make_tokenizer,
@@ -44,6 +46,8 @@ class Questions:
     tokenizer: Tokenizer
     format: Format
     grader: Grader
+    order: Order
+    """Passes over the training tasks."""
     source: Source | None = None
     """Folder that the initial weights come from, as it was at the start."""
     course: Course | None = None
@@ -70,11 +74,12 @@ def prepare(config: ConfigT, sampling: SamplingConfig | None) -> tuple[ConfigT, 
     try_rewards(config, tasks, grader)
     notes = [source.note(config.given) if source is not None else None, *tasks.notes]
     tasks, said = usable(config, sampling, tasks, format, grader)
+    order = order_of([task.file for task in tasks.train], config.run.seed, config.data.weights)
     course = None if config.supervised is None else plan(config, config.supervised, tasks, format)
     notes += [*said, *stage_notes(config, tasks, format, tokenizer)]
     notes += [] if course is None else course_notes(course, tokenizer)
     told = tuple(note for note in notes if note is not None)
-    return config, Questions(tasks, tokenizer, format, grader, source, course, told)
+    return config, Questions(tasks, tokenizer, format, grader, order, source, course, told)
 
 
 def check_layout(config: StageConfig) -> None:
@@ -107,6 +112,8 @@ def usable(
     too_long = None
     if sampling is not None:
         tasks, too_long = without_too_long(config, sampling, tasks, format)
+    if "train" in config.answers:
+        check_shares(tasks.train, config.data)
     return tasks, [unread, too_long]
 
 

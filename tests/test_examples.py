@@ -122,7 +122,7 @@ def test_a_step_takes_the_tasks_that_draw_gives(batch: int) -> None:
     tasks = [task(number, "", "") for number in range(10)]
     assert planned.steps == 7
     for step in random.Random(0).sample(range(7), 7):
-        assert numbers(planned, step) == [t.id for t in draw(tasks, batch, step, 3)]
+        assert numbers(planned, step) == [t.id for t in draw(tasks, planned.order, batch, step)]
 
 
 @pytest.mark.parametrize(

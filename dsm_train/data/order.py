@@ -14,9 +14,8 @@ Order = Callable[[int], Sequence[int]]
 """Indices that a pass draws, in their order, by the number of the pass; every pass is as long as there are tasks."""
 
 
-def draw(tasks: Sequence[Task], count: int, step: int, seed: int, weights: Sequence[float] = ()) -> list[Task]:
+def draw(tasks: Sequence[Task], order: Order, count: int, step: int) -> list[Task]:
     """Draw the tasks of one step: the next `count` of the endless passes, a function of the arguments alone."""
-    order = order_of([task.file for task in tasks], seed, weights)
     places = (divmod(position, len(tasks)) for position in range(step * count, (step + 1) * count))
     return [tasks[order(number)[index]] for number, index in places]
 

@@ -75,8 +75,6 @@ def _from_files(config: DataConfig, paths: Sequence[Path]) -> Tasks:
         )
     random.Random(config.seed).shuffle(train)
     train = train[: config.train_tasks]
-    if config.weights:
-        _check_shares(train, paths, config.weights)
     repeated = _repeated(train)
     notes = (f"{repeated} training tasks ask a question of another file as well; all are kept",) if repeated else ()
     return Tasks(tuple(train), tuple(heldout[: config.heldout_tasks]), notes)
@@ -94,15 +92,21 @@ def _names(paths: Sequence[Path]) -> str:
     return ", ".join(map(str, paths))
 
 
-def _check_shares(train: Sequence[Task], paths: Sequence[Path], weights: Sequence[float]) -> None:
-    """Raise `ValueError` for a file of which nothing would be drawn."""
+def check_shares(train: Sequence[Task], config: DataConfig) -> None:
+    """Raise `ValueError` for a file with a weight of which nothing would be drawn.
+
+    train: what is left to train on, once tasks are held out and left out.
+    """
     sizes = Counter(task.file for task in train)
-    for file, path in enumerate(paths):
+    for file, path in enumerate(config.path if config.path and config.weights else ()):
         if not sizes[file]:
-            raise ValueError(f"data.weights: no task of {path} is left to train on, all are held out: leave it out")
-        if not shares(len(train), weights)[file]:
             raise ValueError(
-                f"data.weights = {list(weights)} draw less than one task of {path} in {len(train)}: raise its weight"
+                f"data.weights: no task of {path} is left to train on, all are held out or left out: leave the file out"
+            )
+        if not shares(len(train), config.weights)[file]:
+            raise ValueError(
+                f"data.weights = {list(config.weights)} draw less than one task of {path} in {len(train)}: "
+                "raise its weight"
             )
 
 

@@ -22,7 +22,8 @@ class Task:
     """One question with a checkable answer. Reward functions see it whole."""
 
     id: int
-    """Number that is stable and unique among the tasks of a run: random numbers of a rollout are drawn from it."""
+    """Number that is stable, and unique among training tasks and among held-out ones: random numbers of a rollout are
+    drawn from it and the step, and evaluation counts as a step of its own."""
     question: str
     """The question, without prompt template or chat template."""
     answer: str = ""
@@ -36,7 +37,7 @@ class Task:
     place: str = ""
     """File and line that the task was read from; empty where it was generated."""
     file: int = 0
-    """Index of its file among `data.path`."""
+    """Index of its file among those of its side: of `data.path`, or of `data.heldout_path` where that is given."""
     fields: Mapping[str, Any] = field(default_factory=dict, hash=False)
     """All other fields of its row (tests, choices, ...), for rewards."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from dsm_train.data.arithmetic import count_tasks
 from dsm_train.data.config import DataConfig
 from dsm_train.data.source import (
     Tasks,
+    check_shares,
     load_tasks,
     make_tokenizer,
     readable,
@@ -123,9 +125,13 @@ def test_a_file_whose_weight_draws_nothing_is_refused(tmp_path: Path) -> None:
     first, second = write_jsonl(tmp_path / "a.jsonl", range(30)), write_jsonl(tmp_path / "b.jsonl", range(30, 40))
     config = DataConfig(path=(first, second), weights=(2, 1), heldout_path=(second,))
     with pytest.raises(ValueError, match="data.weights: no task of .*b.jsonl is left to train on"):
-        load_tasks(config)
+        check_shares(load_tasks(config).train, config)
+    config = replace(config, weights=(1000, 1), heldout_path=None)
+    train = load_tasks(config).train
     with pytest.raises(ValueError, match=r"data.weights = \[1000, 1\] draw less than one task of .*b.jsonl in 36"):
-        load_tasks(DataConfig(path=(first, second), weights=(1000, 1)))
+        check_shares(train, config)
+    for weights in ((2, 1), ()):
+        check_shares(train, replace(config, weights=weights))
 
 
 def test_more_held_out_tasks_than_their_file_has_are_refused(tmp_path: Path) -> None:
