@@ -73,6 +73,9 @@ def _rows(path: Path) -> Iterator[tuple[int, Any]]:
             raise ValueError(f"{path}: cannot be read ({error.strerror}): check the path") from error
         reason = str(error).splitlines()[0]
         raise ValueError(f"{path}: is damaged or no Parquet file ({reason}): write it anew") from error
+    except (KeyError, ValueError) as error:  # a map with a key twice; a time that Python's are too coarse for
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"{path}: a value cannot be read ({reason}): cast or drop its column") from error
     if path.suffix.lower() == ".json" and data.lstrip().startswith(b"["):
         try:
             yield from enumerate(_parse(data), start=1)

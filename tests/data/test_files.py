@@ -295,6 +295,19 @@ def test_a_bad_row_of_a_parquet_file_or_a_list_is_named(tmp_path: Path) -> None:
         read(tmp_path / "a.json")
 
 
+@pytest.mark.parametrize(
+    ("value", "reason"),
+    [
+        (pa.array([[("k", 1), ("k", 2)]], pa.map_(pa.string(), pa.int64())), "'k'"),
+        (pa.array([1], pa.timestamp("ns")), "Nanosecond"),
+    ],
+)
+def test_a_value_of_parquet_that_json_cannot_have_is_one_line(value: pa.Array, reason: str, tmp_path: Path) -> None:
+    pq.write_table(pa.table({"question": ["q"], "answer": ["1"], "odd": value}), tmp_path / "a.parquet")
+    with pytest.raises(ValueError, match=f"a.parquet: a value cannot be read .*{reason}.*: cast or drop its column"):
+        read(tmp_path / "a.parquet")
+
+
 def test_a_file_that_is_no_parquet_or_is_cut_off_is_one_line(tmp_path: Path) -> None:
     whole = tmp_path / "a.parquet"
     pq.write_table(pa.table({"question": ["q"] * 5000, "answer": [str(n) for n in range(5000)]}), whole)

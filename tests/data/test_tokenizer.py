@@ -239,6 +239,24 @@ def test_our_own_folder_is_read_without_transformers(tokenizer: Tokenizer, tmp_p
     assert subprocess.run([sys.executable, "-c", program]).returncode == 0
 
 
+def test_a_chat_template_that_is_put_beside_our_own_tokenizer_renders(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    tokenizer.save(tmp_path)
+    assert not load_tokenizer(tmp_path).has_chat_template
+    (tmp_path / "chat_template.jinja").write_text("{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}")
+    loaded = load_tokenizer(tmp_path)
+    assert loaded.render([Message("user", "7?")], ask=True) == "user: 7?\n"
+    assert loaded.fingerprint() == tokenizer.fingerprint() and loaded.pad_id == tokenizer.pad_id
+    loaded.save(tmp_path / "again")
+    assert load_tokenizer(tmp_path / "again").has_chat_template
+
+
+def test_a_folder_whose_pad_token_is_null_pads_with_the_end_token(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    tokenizer.save(tmp_path)
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config | {"pad_token": None}))
+    assert load_tokenizer(tmp_path).pad_id == tokenizer.eos_id
+
+
 def test_pad_falls_back_to_eos_and_gaps_in_the_ids_count(tmp_path: Path) -> None:
     path = tmp_path / "tokenizer.json"
     model = {"type": "WordLevel", "vocab": {"</s>": 0, "a": 9}, "unk_token": "</s>"}
