@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -103,14 +104,26 @@ def _read_header(path: Path) -> dict[str, Stored]:
     try:
         described: dict[str, Any] = json.loads(header)
         described.pop("__metadata__", None)
-        end = 8 + length + max((tensor["data_offsets"][1] for tensor in described.values()), default=0)
+        end = 8 + length + _num_bytes(described)
         tensors = {name: Stored(path, tensor["dtype"], tuple(tensor["shape"])) for name, tensor in described.items()}
-    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path} has a damaged header: copy it again") from error
     if size != end:
         cut = "is cut off" if size < end else "is longer than its header says"
         raise ValueError(f"{path} {cut} ({size} bytes, and its header says {end}): copy it again")
     return tensors
+
+
+def _num_bytes(described: Mapping[str, Any]) -> int:
+    """Count the bytes that a header places; raises `ValueError` unless its tensors lie one behind the other, whole."""
+    end = 0
+    for name, tensor in sorted(described.items(), key=lambda item: item[1]["data_offsets"]):
+        begin, stop = tensor["data_offsets"]
+        known = DTYPES.get(tensor["dtype"])
+        if begin != end or (known is not None and stop - begin != prod(tensor["shape"]) * known.itemsize):
+            raise ValueError(f"{name} lies elsewhere")
+        end = stop
+    return end
 
 
 def check_tensor(name: str, stored: Stored, shape: tuple[int, ...]) -> None:

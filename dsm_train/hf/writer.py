@@ -102,6 +102,8 @@ def appearing(folder: Path, writes: bool = True) -> Iterator[Path]:
     if not writes:
         yield temporary
         return
+    if old.exists() and not folder.exists():  # killed between the two renames below
+        old.rename(folder)
     for rest in (temporary, old):  # of one that was killed
         shutil.rmtree(rest, ignore_errors=True)
     temporary.mkdir(parents=True)

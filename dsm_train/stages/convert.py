@@ -47,11 +47,12 @@ def convert(config: ConvertConfig) -> None:
 def check(config: ConvertConfig, init: Path, out: Path) -> tuple[Source, dict[str, torch.dtype], ModelConfig]:
     """Read what the folder holds: its description, the types of its tensors, and a model that holds these exactly.
 
-    Raises `ValueError` for weights that cannot be read, a layout that does not fit, and a folder that is not empty.
+    Raises `ValueError` for weights that cannot be read, a layout that does not fit, and an `out` that holds anything.
     """
     source = Source.of(init)
-    if out.is_dir() and any(out.iterdir()):
-        raise ValueError(f"run.out: {out} is not empty: choose a folder that is not there yet")
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        what = "not empty" if out.is_dir() else "a file"
+        raise ValueError(f"run.out: {out} is {what}: choose a folder that is not there yet")
     prepare_output(out.absolute().parent)
     source.check_weights(source.description.kind)
     stored = stored_dtypes(init)

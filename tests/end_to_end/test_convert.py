@@ -86,6 +86,7 @@ def test_a_value_head_is_converted_as_one(folder: Path, tmp_path: Path) -> None:
         (["run.out={out}"], ["run.init must be given"]),
         (["run.init={folder}"], ["run.out must be given"]),
         (["run.init={folder}", "run.out={folder}"], ["is not empty", "choose a folder"]),
+        (["run.init={folder}", "run.out={folder}/config.json"], ["config.json is a file", "choose a folder"]),
         (["run.init={folder}/nowhere", "run.out={out}"], ["run.init", "nowhere is no folder"]),
         (["run.init={folder}", "run.out={out}", "shard_gb=0"], ["shard_gb must be above 0"]),
         (["run.init={folder}", "run.out={out}", "run.seed=1"], ["run.seed is not used by convert"]),

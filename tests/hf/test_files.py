@@ -88,6 +88,20 @@ def damage_header(folder: Path) -> None:
     path.write_bytes(path.read_bytes().replace(b'"shape"', b'"shave"'))
 
 
+def rewrite_header(folder: Path, old: bytes, new: bytes) -> None:
+    path = folder / "model-00001-of-00004.safetensors"
+    assert old in path.read_bytes() and len(old) == len(new)
+    path.write_bytes(path.read_bytes().replace(old, new))
+
+
+def lie_about_the_shape(folder: Path) -> None:
+    rewrite_header(folder, b'"shape":[3,4]', b'"shape":[4,4]')
+
+
+def leave_a_gap(folder: Path) -> None:
+    rewrite_header(folder, b'"data_offsets":[0,48]', b'"data_offsets":[4,48]')
+
+
 def damage_index(folder: Path) -> None:
     (folder / INDEX).write_text("{}")
 
@@ -128,6 +142,8 @@ def remove_folder(folder: Path) -> None:
         (empty_file, "is no safetensors file"),
         (lengthen, "is longer than its header says"),
         (damage_header, "damaged header"),
+        (lie_about_the_shape, "damaged header"),
+        (leave_a_gap, "damaged header"),
         (damage_index, "index.json does not say which file holds which weight"),
         (misplace, "has no weight e, which model.safetensors.index.json places there"),
         (remove_index, "and no model.safetensors.index.json"),
@@ -216,3 +232,16 @@ def test_a_folder_appears_whole_or_not_at_all(tmp_path: Path) -> None:
     (tmp_path / ".weights.new" / "rest").touch()  # of a process that was killed
     fill("fourth")
     assert (folder / "file").read_text() == "fourth" and [path.name for path in tmp_path.iterdir()] == ["weights"]
+
+
+@pytest.mark.parametrize("renames", [1, 2])
+def test_a_folder_is_not_lost_where_the_process_was_killed_as_it_appeared(renames: int, tmp_path: Path) -> None:
+    folder, old = tmp_path / "weights", tmp_path / ".weights.old"
+    old.mkdir()
+    (old / "file").write_text("whole")
+    for place in (folder, tmp_path / ".weights.new")[2 - renames :][:1]:
+        place.mkdir()
+        (place / "file").write_text("whole")
+    with pytest.raises(RuntimeError), appearing(folder):
+        raise RuntimeError
+    assert (folder / "file").read_text() == "whole" and [path.name for path in tmp_path.iterdir()] == ["weights"]
