@@ -95,7 +95,7 @@ def test_a_model_that_cannot_train(
     [
         (None, "the tokenizer has none"),
         ("{% for m in messages if m.role == 'user' %}{{ m.content }}{% endfor %}", "leaves the assistant's turns out"),
-        ("{% for m in messages %}{{ m.content }}", "template"),  # no {% endfor %}
+        ("{% for m in messages %}{{ m.content }}", "endfor"),
     ],
     ids=["none", "without an assistant", "broken"],
 )
