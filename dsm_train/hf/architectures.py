@@ -10,7 +10,7 @@ from dsm_train.config import ModelConfig
 
 HeadKind = Literal["language", "value"]
 SUFFIXES: Mapping[HeadKind, str] = {"language": "ForCausalLM", "value": "ForSequenceClassification"}
-"""Ends of the class names: a value head is a classifier with one label."""
+"""Suffixes of the class names: a value head is a classifier with one label."""
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
 _LLAMA = {
     "vocab_size": 32000,
@@ -46,7 +46,7 @@ class Architecture:
     model_type: str
     """Its name in config.json."""
     classes: str
-    """Begin of its class names."""
+    """Prefix of its class names."""
     flags: Mapping[str, bool | str]
     """Biases and norms by their fields of ModelConfig: there, not there, or as this key of config.json says."""
     defaults: Mapping[str, Any] = field(default_factory=lambda: _LLAMA)
@@ -67,7 +67,7 @@ class Architecture:
         }
 
     def keys_of(self, model: ModelConfig) -> dict[str, bool] | None:
-        """Say biases and norms of a model with the keys of config.json; None where there are no words for them."""
+        """Say biases and norms of a model with the keys of config.json; None if its config.json cannot express them."""
         keys: dict[str, bool] = {}
         for name, rule in self.flags.items():
             value = getattr(model, name)
@@ -144,12 +144,15 @@ def check_window(architecture: Architecture, values: Mapping[str, Any]) -> None:
     if architecture.window != "some layers":
         return
     if types is not None:
-        others = sorted({str(kind) for kind in types if kind != "full_attention"})
+        kinds = types if isinstance(types, list) else [types]
+        others = sorted({str(kind) for kind in kinds if kind != "full_attention"})
         if others:
             raise ValueError(f"asks for layer_types with {', '.join(others)}, and attention here is full_attention")
         return
     first = get("max_window_layers")
-    if get("use_sliding_window") and window is not None and (first is None or first < get("num_hidden_layers", 0)):
+    layers = get("num_hidden_layers")
+    full = type(first) is int and type(layers) is int and first >= layers  # the first so many layers see all
+    if get("use_sliding_window") and window is not None and not full:
         raise ValueError(
             f"asks for use_sliding_window = true (sliding_window = {window}), and attention here sees all tokens "
             "before: set it to false if no sequence is longer"

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from dsm_train.config import ModelConfig
+from dsm_train.config import ModelConfig, RopeScaling
 from dsm_train.hf.architectures import (
     SUFFIXES,
     Architecture,
@@ -15,7 +16,7 @@ from dsm_train.hf.architectures import (
     check_window,
     find_architecture,
 )
-from dsm_train.hf.rope import read_rope, write_rope
+from dsm_train.hf.rope import number, read_rope, write_rope
 
 WeightsType = Literal["fp32", "bf16", "fp16"]
 DTYPES: Mapping[str, WeightsType] = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
@@ -29,6 +30,8 @@ _SIZES = {
     "max_length": "max_position_embeddings",
 }
 _NUMBERS = {"norm_eps": "rms_norm_eps", "init_std": "initializer_range"}
+_KEYS = {**_SIZES, **_NUMBERS, "rope_base": "rope_theta", "original_length": "original_max_position_embeddings"}
+"""Keys of config.json by our names."""
 _LACKED = {
     "quantization_config": "weights here are fp32, bf16 or fp16",
     "auto_map": "code that comes with a model is not run here",
@@ -74,7 +77,7 @@ class Description:
 def read_config(values: Any) -> Description:
     """Understand a config.json; raises `ValueError` that names what it asks for and we lack."""
     if not isinstance(values, Mapping):
-        raise ValueError("is no JSON object: restore it")
+        raise ValueError("is no JSON object: copy it again")
     architecture = find_architecture(values)
     for key, has in _LACKED.items():
         if values.get(key):
@@ -95,29 +98,27 @@ def _model(architecture: Architecture, values: Mapping[str, Any]) -> ModelConfig
     head = get("head_dim")
     for key, value in {**{key: fields[name] for name, key in _SIZES.items()}, "head_dim": head}.items():
         if not (type(value) is int or (key == "head_dim" and value is None)):
-            raise ValueError(f"has {key} = {value!r}, which is no whole number: restore it")
-    fields |= {name: _number(key, get(key)) for name, key in _NUMBERS.items()}
+            raise ValueError(f"has {key} = {value!r}, which is no whole number: correct it")
+    fields |= {name: number(key, get(key)) for name, key in _NUMBERS.items()}
     if head is not None and head * fields["num_heads"] == fields["hidden_size"]:
         head = None  # said twice
-    base, scaling = read_rope(values, fields["max_length"])
-    fields |= architecture.flags_of(values)
-    tied = bool(get("tie_word_embeddings"))
-    return ModelConfig(**fields, head_size=head, tied_head=tied, rope_base=_number("rope_theta", base), rope=scaling)
-
-
-def _number(key: str, value: Any) -> float:
-    if type(value) not in (int, float):
-        raise ValueError(f"has {key} = {value!r}, which is no number: restore it")
-    return float(value)
+    fields |= architecture.flags_of(values) | {"head_size": head, "tied_head": bool(get("tie_word_embeddings"))}
+    fields["rope_base"], scaling = read_rope(values, fields["max_length"])
+    try:
+        return ModelConfig(**fields, rope=RopeScaling(**scaling))
+    except ValueError as error:
+        said = re.sub(r"\w+", lambda word: _KEYS.get(word[0], word[0]), str(error))
+        raise ValueError(f"describes no model: {said}: correct it") from error
 
 
 def _kind(architecture: Architecture, values: Mapping[str, Any]) -> HeadKind:
     """Read the head from the name of the class; a config.json without one means a language model."""
     names = values.get("architectures") or [architecture.class_name("language")]
+    names = names if isinstance(names, list) else [names]
     for kind in SUFFIXES:
         if names == [architecture.class_name(kind)]:
             labels = values.get("id2label")
-            count = values.get("num_labels", 2) if labels is None else len(labels)
+            count = len(labels) if isinstance(labels, Mapping) else values.get("num_labels", 2)
             if kind == "value" and count != 1:
                 raise ValueError(f"asks for a classifier with {count} labels, and a value head has one")
             return kind
@@ -127,7 +128,7 @@ def _kind(architecture: Architecture, values: Mapping[str, Any]) -> HeadKind:
 
 def _dtype(values: Mapping[str, Any]) -> WeightsType | None:
     name = values.get("dtype") or values.get("torch_dtype")
-    if name is not None and name not in DTYPES:
+    if name is not None and str(name) not in DTYPES:
         raise ValueError(f"asks for dtype = {name}, and weights here are {', '.join(DTYPES)}")
     return None if name is None else DTYPES[name]
 

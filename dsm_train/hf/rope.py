@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from dsm_train.config import ModelConfig, RopeScaling
+from dsm_train.config import ModelConfig
 
 _BASE = 10000.0
 _KINDS = {"default": "none", "linear": "linear", "dynamic": "dynamic", "llama3": "llama3", "yarn": "yarn"}
@@ -14,62 +14,75 @@ _LLAMA3 = ("low_freq_factor", "high_freq_factor")
 _YARN = ("beta_fast", "beta_slow", "truncate", "attention_factor")
 
 
-def read_rope(values: Mapping[str, Any], max_positions: int) -> tuple[Any, RopeScaling]:
-    """Read base and scaling; raises `ValueError` for what we lack.
+def number(key: str, value: Any) -> float:
+    """Return a value of config.json as a number; raises `ValueError` where it is none."""
+    if type(value) not in (int, float) or not math.isfinite(value):
+        raise ValueError(f"has {key} = {value!r}, which is no number: correct it")
+    return float(value)
+
+
+def read_rope(values: Mapping[str, Any], max_positions: int) -> tuple[float, dict[str, Any]]:
+    """Read the base, and the scaling as fields of `RopeScaling`; raises `ValueError` for what we lack.
 
     max_positions: max_position_embeddings, the original length where none is given.
     """
-    rope: Mapping[str, Any] = values.get("rope_scaling") or values.get("rope_parameters") or {}
+    rope = values.get("rope_scaling") or values.get("rope_parameters") or {}
+    if not isinstance(rope, Mapping):
+        raise ValueError(f"has a rotary embedding of {rope!r}, which is no JSON object: correct it")
     nested = [name for name, value in rope.items() if isinstance(value, Mapping)]
     if nested:
         raise ValueError(f"asks for rope_parameters of their own for {', '.join(nested)}, and layers share theirs here")
-    base = rope.get("rope_theta", values.get("rope_theta", _BASE))
+    base = number("rope_theta", rope.get("rope_theta", values.get("rope_theta", _BASE)))
     partial = rope.get("partial_rotary_factor", values.get("partial_rotary_factor"))
     if partial not in (None, 1, 1.0):
         raise ValueError(f"asks for partial_rotary_factor = {partial}, and whole heads are rotated here")
     kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind not in _KINDS:
+    if not isinstance(kind, str) or kind not in _KINDS:
         raise ValueError(f"asks for rope_type = {kind!r}, and those that train here are {', '.join(_KINDS)}")
     if kind == "default":
-        return base, RopeScaling()
+        return base, {}
     # A key beside the others counts before theirs, as in transformers.
     given = values.get("original_max_position_embeddings", rope.get("original_max_position_embeddings"))
-    original = max_positions if given is None or kind == "dynamic" else int(given)
-    factor = _factor(rope, kind, max_positions / original)
-    return base, RopeScaling(
-        kind=_KINDS[kind],  # type: ignore[arg-type] (one of the values of the table)
-        factor=factor,
-        original_length=None if kind == "linear" else original,
+    original = max_positions
+    if given is not None and kind != "dynamic":
+        original = int(number("original_max_position_embeddings", given))
+    factor = _factor(rope, kind, max_positions / max(original, 1))
+    return base, {
+        "kind": _KINDS[kind],
+        "factor": factor,
+        "original_length": None if kind == "linear" else original,
         **(_llama3(rope) if kind == "llama3" else _yarn(rope, factor) if kind == "yarn" else {}),
-    )
+    }
 
 
 def _factor(rope: Mapping[str, Any], kind: str, ratio: float) -> float:
     """Read the factor, which YaRN may leave open (null): the ratio of the lengths."""
     factor = rope.get("factor")
     if factor is None and not (kind == "yarn" and "factor" in rope):
-        raise ValueError(f"lacks the factor of rope_type = {kind!r}: restore it")
-    return ratio if factor is None else float(factor)
+        raise ValueError(f"lacks the factor of rope_type = {kind!r}: add it")
+    return ratio if factor is None else number("factor", factor)
 
 
 def _llama3(rope: Mapping[str, Any]) -> dict[str, Any]:
     missing = [name for name in _LLAMA3 if rope.get(name) is None]
     if missing:
-        raise ValueError(f"lacks {missing[0]} of rope_type = 'llama3': restore it")
-    return {name: float(rope[name]) for name in _LLAMA3}
+        raise ValueError(f"lacks {missing[0]} of rope_type = 'llama3': add it")
+    return {name: number(name, rope[name]) for name in _LLAMA3}
 
 
 def _yarn(rope: Mapping[str, Any], factor: float) -> dict[str, Any]:
     """Read the keys of YaRN; `mscale` and `mscale_all_dim` together set the attention factor, unless it is given."""
-    mscale, of_all = rope.get("mscale"), rope.get("mscale_all_dim")
-    attention = rope.get("attention_factor")
+    mscale, of_all, attention = (
+        None if rope.get(name) is None else number(name, rope[name])
+        for name in ("mscale", "mscale_all_dim", "attention_factor")
+    )
     if attention is None and mscale and of_all and factor > 1:
         attention = (0.1 * mscale * math.log(factor) + 1) / (0.1 * of_all * math.log(factor) + 1)
     return {
-        "beta_fast": float(rope.get("beta_fast") or 32),
-        "beta_slow": float(rope.get("beta_slow") or 1),
+        "beta_fast": number("beta_fast", rope.get("beta_fast") or 32),
+        "beta_slow": number("beta_slow", rope.get("beta_slow") or 1),
         "truncate": bool(rope.get("truncate", True)),
-        "attention_factor": None if attention is None else float(attention),
+        "attention_factor": attention,
     }
 
 

@@ -219,13 +219,58 @@ def test_keys_that_are_left_out_have_transformers_defaults(architecture: Any) ->
         ({"dtype": "float8_e4m3fn"}, "float8_e4m3fn, .* float32, bfloat16, float16"),
         ({"hidden_size": "48"}, "hidden_size = '48', which is no whole number"),
         ({"rms_norm_eps": None}, "rms_norm_eps = None, which is no number"),
-        ({"num_key_value_heads": 4}, "num_heads must be a multiple of num_kv_heads = 4"),
+        (
+            {"num_key_value_heads": 4},
+            "no model: num_attention_heads must be a multiple of num_key_value_heads = 4; .*: ",
+        ),
+        ({"initializer_range": -1}, "no model: initializer_range must be .*; got -1.*: correct it"),
+        ({"rope_scaling": [1]}, r"a rotary embedding of \[1\], which is no JSON object: correct it"),
+        ({"rope_scaling": {"type": ["x"]}}, r"rope_type = \['x'\], and those"),
+        ({"rope_scaling": {"type": "linear", "factor": [2]}}, r"has factor = \[2\], which is no number: correct it"),
+        (
+            {"rope_scaling": {"type": "linear", "factor": 0.5}},
+            "no model: factor must be at least 1; got 0.5: correct it",
+        ),
+        (
+            {"rope_scaling": {"type": "yarn", "factor": 2, "original_max_position_embeddings": 0}},
+            "no model: original_max_position_embeddings must be at least 1; got 0: correct it",
+        ),
+        ({"torch_dtype": ["x"]}, r"asks for dtype = \['x'\], and"),
+        ({"architectures": "LlamaModel"}, "asks for LlamaModel, and the heads"),
+        ({"model_type": "qwen2", "layer_types": 1}, "layer_types with 1, and attention here"),
     ],
     ids=lambda value: str(value)[:40] if isinstance(value, dict) else "",
 )
 def test_what_we_lack_is_refused_by_name(values: dict[str, Any], words: str) -> None:
     with pytest.raises(ValueError, match=words):
         read_config({"model_type": "llama", **SMALL, **values})
+
+
+ROPE = {
+    "rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 16, "mscale": 0.7, "mscale_all_dim": 0.4,
+    "beta_fast": 16, "beta_slow": 2, "truncate": False, "rope_theta": 1e4, "partial_rotary_factor": 1.0,
+}  # fmt: skip
+JUNK = ([1], ["x"], [[]], {"x": 1}, "x", "", 0, -1, 1.5, True, float("nan"), float("inf"))
+
+
+@pytest.mark.parametrize("junk", JUNK, ids=str)
+@pytest.mark.parametrize("architecture", ARCHITECTURES, ids=lambda architecture: architecture.model_type)
+def test_whatever_stands_behind_a_key_is_understood_or_refused_by_a_line(architecture: Any, junk: Any) -> None:
+    window = {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 2}
+    whole = {"id2label": {"0": "x"}, "num_labels": 1, "dtype": "float32", "attention_bias": False, **SMALL}
+    whole |= {"model_type": architecture.model_type, "num_key_value_heads": 2, "rope_parameters": ROPE}
+    whole |= {"architectures": [architecture.class_name("value")]}
+    whole |= window if architecture.window == "some layers" else {"sliding_window": None}
+    assert read_config(whole).kind == "value"
+    damaged = [whole | {key: junk} for key in {**whole, **architecture.defaults, "torch_dtype": None}]
+    damaged += [whole | {"rope_parameters": ROPE | {key: junk}} for key in ROPE]
+    damaged += [whole | {"rope_parameters": {"rope_type": "llama3", "factor": 2, "low_freq_factor": 1, key: junk}}
+                for key in ("low_freq_factor", "high_freq_factor")]  # fmt: skip
+    for values in damaged:
+        try:
+            read_config(values)
+        except ValueError as error:
+            assert "\n" not in str(error)
 
 
 @pytest.mark.parametrize(
