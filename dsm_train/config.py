@@ -246,7 +246,7 @@ def check_warmup(optim: OptimConfig, updates: int, updates_are: str, section: st
     require(
         optim.warmup_steps < updates,
         f"{section}.optim.warmup_steps".removeprefix("."),
-        f"below {updates_are} = {updates}, the number of updates, or lr is never reached",
+        f"below {updates_are} = {updates}, the number of updates, or lr is never reached: lower it or raise that",
         optim.warmup_steps,
     )
 

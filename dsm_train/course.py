@@ -124,7 +124,8 @@ def plan(config: StageConfig, training: SftTraining, tasks: Tasks, format: Forma
             raise ValueError(f"every example has more tokens than {limit.name} = {limit.tokens}: raise it")
         raise ValueError(
             f"supervised training needs worked solutions, and {tasks.train[0].label} has none, like all others: write "
-            "them before '#### answer', name their field with data.solution_field, or set steps=0"
+            "them before '#### answer', or name their field with data.solution_field"
+            + (", or leave the warm-up out with warmup.steps=0" if section == "warmup" else "")
         )
     if section == "sft":  # a warm-up may do without files that have no solutions
         check_shares(train.tasks, config.data)

@@ -126,6 +126,15 @@ def without_too_long(
     """
     skipped = []
     room = min(config.model.max_length, config.run.max_tokens) - sampling.max_new_tokens
+    if room < 1:
+        limit, most = min(
+            (("model.max_length", config.model.max_length), ("run.max_tokens", config.run.max_tokens)),
+            key=lambda item: item[1],
+        )
+        raise ValueError(
+            f"sampling.max_new_tokens = {sampling.max_new_tokens} leaves no room for a prompt in {limit} = {most}: "
+            "lower the one or raise the other"
+        )
     for side in config.answers:
         asked: Sequence[Task] = getattr(tasks, side)
         lengths = [len(format.prompt(task)) for task in asked]
@@ -151,13 +160,19 @@ def without_too_long(
 
 def stage_notes(config: StageConfig, tasks: Tasks, format: Format, tokenizer: Tokenizer) -> list[str | None]:
     """List what the user of this stage should know at start."""
+    unused = None
+    if tokenizer.has_chat_template and not config.data.chat:
+        unused = (
+            "the tokenizer has a chat template, and data.chat = false does not use it: the model is asked in plain text"
+        )
     if isinstance(config, EvaluateConfig):
-        return [split_note(config.data)]
+        return [unused, split_note(config.data)]
     if not isinstance(config, GrpoConfig):
-        return []
+        return [unused]
     first = shown(Example(format.prompt(tasks.train[0]), [], []), tokenizer)
     repetition = repetition_note(tasks.train, config.algorithm.prompts_per_step)
-    return [repetition, *config.sampling.notes(), f"the first prompt:\n{first}"]
+    counts = f"{len(tasks.train):,} training and {len(tasks.heldout):,} held-out tasks"
+    return [unused, counts, repetition, *config.sampling.notes(), f"the first prompt:\n{first}"]
 
 
 def make_grader(config: StageConfig) -> Grader:

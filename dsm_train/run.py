@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
+from math import prod
 from pathlib import Path
 from types import TracebackType
 from typing import Generic, TypeVar
@@ -19,6 +20,7 @@ from dsm_train.cli import check_alike, digest, fingerprint, to_yaml, user_errors
 from dsm_train.configs import StageConfig
 from dsm_train.data.tokenizer import Tokenizer
 from dsm_train.hf.folder import Source, write_tokenizer_note
+from dsm_train.hf.names import pieces
 from dsm_train.hf.writer import TYPES, appearing
 from dsm_train.megatron import parallel, platform, weights
 from dsm_train.megatron.flash import core_attention
@@ -183,7 +185,9 @@ def start(config: ConfigT, stage: str, questions: Questions, *, trains: bool = T
                 (folder.path / "config.yaml").write_text(to_yaml(config))
                 metrics, samples = Metrics(out), Samples(out)
             job = Job(config, ranks, metrics, samples, questions.source)
-            job.say("\n".join([startup_table(served_by(config, ranks, threads)), *questions.notes, *missing_ops()]))
+            opening = [startup_table(served_by(config, ranks, threads)), *questions.notes, *missing_ops()]
+            if ranks.is_main:  # the output of a stage that answers is its answer
+                print("\n".join(opening), file=sys.stdout if trains else sys.stderr, flush=True)
             yield job
             if folder is not None:
                 folder.finish()
@@ -209,6 +213,17 @@ def missing_ops() -> list[str]:
     return ["the C++ ops were not built, and slower ones serve: reinstall with a C++ compiler and --no-build-isolation"]
 
 
+def model_line(config: StageConfig) -> str:
+    """Describe the model in a line: size, shape, longest sequence, and the folder that it comes from."""
+    model, init = config.model, config.run.init
+    parameters = sum(prod(piece.shape) for piece in pieces(model, "language"))
+    size = f"{parameters / 1e9:.3g}B" if parameters >= 1e9 else f"{parameters / 1e6:.3g}M"
+    return (
+        f"{size} parameters: {model.num_layers} layers of {model.hidden_size}, {model.vocab_size} tokens, sequences up "
+        f"to {model.max_length}; {'random weights' if init is None else init}"
+    )
+
+
 def served_by(config: StageConfig, ranks: Parallel, threads: int) -> list[tuple[str, str]]:
     """List the implementation of each op and layer in this job."""
     device = platform.device()
@@ -216,6 +231,7 @@ def served_by(config: StageConfig, ranks: Parallel, threads: int) -> list[tuple[
     engine = uses_transformer_engine(config.model)
     place = f"{ranks.world_size} rank(s): tp {config.parallel.tp}, pp {config.parallel.pp}, dp {ranks.dp_size}"
     return [
+        ("model", model_line(config)),
         ("device", f"{device}, {config.model.dtype}, {threads} thread(s)"),
         ("layout", place),
         ("transformer layers", "Transformer Engine" if engine else "megatron-core, local"),

@@ -42,8 +42,13 @@ def update(
 ) -> list[StepResult]:
     """Make mu passes over the rollouts, each in as many optimizer steps as there are minibatches.
 
+    Rollouts without any verdict, over all replicas, make none: momentum and weight decay would move the policy.
+
     The micro-batches of scoring are not reused: balancing moves responses to other replicas.
     """
+    assert rollouts.reward_S is not None, "rollouts are graded before they are learnt from"
+    if not any(policy.parallel.gather_over_data(not bool(rollouts.reward_S.isnan().all()))):
+        return []
     work = []
     for sequences, rows in minibatches(rollouts, algo, sampling.max_new_tokens, policy.parallel):
         sequences, rows = balance(sequences, rows, packer.cost(sequences), policy.parallel)
@@ -144,9 +149,9 @@ def step_metrics(results: Sequence[StepResult]) -> dict[str, float]:
         for name in ("kl", "entropy", "ratio", "log_ratio", "clipped_low", "clipped_high")
     }
     return {
-        "loss": sum(r.loss for r in results) / count,
-        "grad_norm": sum(r.grad_norm for r in results) / count,
-        "lr": results[-1].lr,
+        "loss": sum(r.loss for r in results) / count if results else math.nan,
+        "grad_norm": sum(r.grad_norm for r in results) / count if results else math.nan,
+        "lr": results[-1].lr if results else math.nan,
         **means,
         "ratio_max": max((float(stats.maxima["ratio"]) for stats in measured), default=math.nan),
         "ratio_min": min((float(stats.minima["ratio"]) for stats in measured), default=math.nan),

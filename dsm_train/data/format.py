@@ -140,7 +140,7 @@ class ChatFormat:
                 "data.chat needs a chat template, and the tokenizer has none: give the Hugging Face folder of a model "
                 "that chats (data.tokenizer), put chat_template.jinja into it, or set data.chat=false"
             )
-        task = Task(0, "How much is 3 + 4?", solution="Three and four make seven.")
+        task = Task(0, "How much is 3 + 4?", solution="Three and four make seven.", place="data.chat")
         messages, _ = self._conversation(task)
         answer = Message("assistant", task.solution or "")
         if answer.content not in self._render([*messages, answer], task, ask=False):

@@ -74,7 +74,7 @@ class SpecialTokens:
         for token in state["added_tokens"]:
             if (name := names.get(token["content"])) is not None:
                 # A normalizer that changes the name would hide it from the search in normalized text.
-                kept = normalizer is None or normalizer.normalize_str(name) == name
+                kept = normalizer is None or name in normalizer.normalize_str(name)
                 token.update(content=name, normalized=token["normalized"] and kept)
         _rename(state["model"], names)
         return tokenizers.Tokenizer.from_str(json.dumps(state | {"post_processor": None, "truncation": None}))

@@ -63,7 +63,7 @@ class Tokenizer:
         """Tokens that the model expects in front of a text."""
         self.vocab_size = 1 + max(backend.get_vocab(with_added_tokens=True).values())
         """Rows that the embedding needs: one above the largest id, since ids may have gaps."""
-        added = backend.get_added_tokens_decoder()
+        self._added = added = backend.get_added_tokens_decoder()
         self._special_ids = {eos_id, pad_id, *(id_ for id_, token in added.items() if token.special)}
         self._special_ids.update(id_ for id_ in stop_ids if id_ in added)
 
@@ -113,8 +113,9 @@ class Tokenizer:
         return self._backend.decode(list(ids), skip_special_tokens=False)
 
     def token(self, id_: int) -> str:
-        """Spell one token."""
-        token = self._backend.id_to_token(id_)
+        """Spell one token; an added one as it was added, where `id_to_token` gives its normalized spelling."""
+        added = self._added.get(id_)
+        token = self._backend.id_to_token(id_) if added is None else added.content
         assert token is not None, id_
         return token
 
@@ -133,7 +134,9 @@ class Tokenizer:
         try:
             return self._pretrained.apply_chat_template(conversation, add_generation_prompt=ask, tokenize=False)
         except Exception as error:  # a template is a program, and may fail in any way
-            raise ValueError(f"the chat template refuses it: {' '.join(str(error).split())}") from error
+            reason = " ".join(str(error).split()).rstrip(".")
+            remedy = "it may know no system message: leave data.system out, or " if messages[0].role == "system" else ""
+            raise ValueError(f"the chat template fails: {reason}: {remedy}correct it") from error
 
     def save(self, folder: str | Path) -> None:
         """Write a folder that `load_tokenizer` and `transformers.AutoTokenizer` both read: the files it came from."""

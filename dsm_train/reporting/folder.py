@@ -136,7 +136,7 @@ def _read(file: TextIO) -> dict[str, Any]:
 
 
 def _check_room(path: Path, state: dict[str, Any], overwrite: bool, init: Path | None) -> None:
-    """Raise ValueError where a finished run would be lost, or the weights that the new run starts from."""
+    """Raise ValueError where a finished run or a model would be lost, or the weights that the new run starts from."""
     finished = _finished(path, state)
     if finished and not overwrite:
         when = f" on {finished}" if isinstance(finished, str) else ""
@@ -144,6 +144,8 @@ def _check_room(path: Path, state: dict[str, Any], overwrite: bool, init: Path |
             f"run.out: {path} holds a run that finished{when}: choose another folder, or replace it with "
             "run.overwrite=true"
         )
+    if not (path / STATE).stat().st_size and (path / "config.json").exists():
+        raise ValueError(f"run.out: {path} holds a model, not a run: choose another folder")
     if init is not None and any(init.absolute().is_relative_to(file.absolute()) for file in _old(path)):
         raise ValueError(f"run.init = {init} is among the files that this run replaces: choose another run.out")
 

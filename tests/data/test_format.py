@@ -353,9 +353,9 @@ THINKS = CHATML.replace("{{ '<|im_start|>assistant\n' }}", "{{ '<|im_start|>assi
     [
         (None, None, "data.chat needs a chat template, and the tokenizer has none: give the Hugging Face folder"),
         (NO_ASSISTANT, None, "the chat template leaves the assistant's turns out: add a branch"),
-        (RAISES, None, "the chat template refuses it: no assistant"),
-        (RAISES, "Be brief.", "the chat template refuses it: no system"),
-        ("{% for m in messages %}", None, "the chat template refuses it: .*"),
+        (RAISES, None, "data.chat: the chat template fails: no assistant: correct it"),
+        (RAISES, "Be brief.", "the chat template fails: no system: .*leave data.system out"),
+        ("{% for m in messages %}", None, "the chat template fails: .*endfor"),
     ],
 )
 def test_a_template_that_cannot_serve_is_refused_at_once(

@@ -11,10 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tokenizers
 from published import CHATML, KINDS, SPECIAL, byte_level, folder
+from tokenizers import AddedToken, models, normalizers, pre_tokenizers, trainers
 
 from dsm_train.data.arithmetic import arithmetic_tasks
-from dsm_train.data.tasks import Message
+from dsm_train.data.format import PlainFormat
+from dsm_train.data.tasks import Message, Task
 from dsm_train.data.tokenizer import EOS, PAD, Tokenizer, _bounded, load_tokenizer, train_tokenizer
 
 TEXTS = [f"{task.question}{task.solution}" for task in arithmetic_tasks(["word"], "train", count=300, style="steps")]
@@ -288,3 +291,36 @@ def test_where_there_is_no_tokenizer(tmp_path: Path) -> None:
     (tmp_path / "tokenizer_config.json").write_text("{")
     with pytest.raises(ValueError, match="tokenizer_config.json is not JSON"):
         load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("normalizer", "token", "spellings"),
+    [
+        (normalizers.NFKC(), "<｜end▁of▁sentence｜>", ["<｜end▁of▁sentence｜>", "<|end▁of▁sentence|>"]),
+        (
+            normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]),
+            "</s>",
+            ["</s>", "a </s> b"],
+        ),
+        (normalizers.Lowercase(), "[END]", ["[END]", "[end]"]),
+    ],
+    ids=["NFKC", "Metaspace", "lower case"],
+)
+def test_a_special_token_that_is_looked_for_in_normalized_text_is_not_spelled_by_texts(
+    normalizer: normalizers.Normalizer, token: str, spellings: list[str]
+) -> None:
+    backend = tokenizers.Tokenizer(models.BPE())
+    backend.normalizer = normalizer
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.train_from_iterator(
+        [], trainers.BpeTrainer(initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False)
+    )
+    backend.add_special_tokens([AddedToken(token, normalized=True)])
+    eos_id = backend.token_to_id(token)
+    assert eos_id in backend.encode(token, add_special_tokens=False).ids  # else there is nothing to prevent
+    tokenizer = Tokenizer(backend, eos_id, eos_id)
+    assert tokenizer.token(eos_id) == token
+    for text in spellings:
+        assert eos_id not in tokenizer.encode(text)
+        format = PlainFormat(tokenizer, "{question} " + token)  # a normalizer may make the blank a part of the token
+        assert format.prompt(Task(1, text)).count(eos_id) == 1

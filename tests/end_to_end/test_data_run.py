@@ -73,16 +73,16 @@ def test_a_model_that_learnt_conversations_answers_them(tmp_path: Path, capsys: 
     line = refused(capsys, "eval", *common)
     assert "5 of 5 held-out tasks" in line and "choose rewards.functions" in line
     run("generate", *common, "prompts=[]")
-    assert "no prompts are given: held-out tasks are asked" in capsys.readouterr().out
+    assert "no prompts are given: held-out tasks are asked" in capsys.readouterr().err
 
 
 def test_an_evaluation_on_a_part_of_the_training_file_says_so(tmp_path: Path, capsys: Capture) -> None:
     data = write_gsm8k(tmp_path / "a.jsonl", 20)
     common = [*TINY, f"data.path={data}", "sampling.max_new_tokens=5", "model.max_length=120", "run.max_tokens=1000"]
     run("sft", *common, f"run.out={tmp_path / 'run'}", "sft.steps=1", "sft.batch=4")
-    assert "a part of" not in capsys.readouterr().out
+    assert "a part of" not in capsys.readouterr().err
     run("eval", *common, f"run.init={tmp_path / 'run' / 'weights'}")
-    assert f"the held-out tasks are a part of {data}" in capsys.readouterr().out
+    assert f"the held-out tasks are a part of {data}" in capsys.readouterr().err
 
 
 def test_the_recipe_of_gsm8k_trains_on_no_other_questions(tmp_path: Path, capsys: Capture) -> None:
