@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -33,6 +34,7 @@ from dsm_train.megatron.heads import HeadSpec
 from dsm_train.megatron.model import padded_vocab, uses_transformer_engine
 from dsm_train.reporting.metrics import prepare_output
 from dsm_train.rewards.grader import Grader
+from dsm_train.rewards.worker import IMPORT_SECONDS
 from dsm_train.rollout.config import SamplingConfig
 
 ConfigT = TypeVar("ConfigT", bound=StageConfig)
@@ -181,10 +183,13 @@ def make_grader(config: StageConfig) -> Grader:
     Raises `ValueError` when other ranks would not wait for as long as the functions may take.
     """
     calls, limit, patience = config.rewards.calls, config.rewards.timeout_seconds, config.parallel.timeout_minutes
-    if parallel.world_size() > 1 and len(calls) * limit > 60 * patience:
+    longest = len(calls) * (limit + IMPORT_SECONDS) / 60
+    if parallel.world_size() > 1 and longest > patience:
         raise ValueError(
-            f"rewards.timeout_seconds = {limit:g} for each of {len(calls)} function(s) is longer than the "
-            f"parallel.timeout_minutes = {patience:g} that ranks wait for each other: lower the one or raise the other"
+            f"rewards.timeout_seconds = {limit:g} for each of {len(calls)} function(s), and {IMPORT_SECONDS:g} s to "
+            "import them again after each that was stopped, are longer than the parallel.timeout_minutes = "
+            f"{patience:g} that ranks wait for each other: raise parallel.timeout_minutes to {math.ceil(longest)}, "
+            "or lower rewards.timeout_seconds"
         )
     recipes = [Path(place.rsplit(":", 2)[0]) for place in config.given.values() if place]
     folders = [Path.cwd(), *(recipe.absolute().parent for recipe in recipes)]

@@ -30,8 +30,8 @@ from typing import Any
 
 from dsm_train.rewards.outcome import Failed, Returned
 
-IMPORT_SECONDS = 300.0
-"""Time limit of importing the functions' modules: large packages on a cold disk take minutes."""
+IMPORT_SECONDS = 240.0
+"""Time limit of importing the functions' modules: large packages on a cold disk take minutes. Ranks wait for it."""
 _CLOSE_SECONDS = 2.0
 _PROGRAM = """
 import json, sys

@@ -142,8 +142,11 @@ def test_functions_that_cannot_serve_are_refused(function: str, words: list[str]
 
 def test_a_limit_longer_than_ranks_wait_is_refused(mine: Path, capsys: Capsys, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
-    line = refused(capsys, "grpo", *GRPO, "rewards.timeout_seconds=601", functions("{call: mine:length}"))
-    assert "rewards.timeout_seconds = 601" in line and "parallel.timeout_minutes = 10" in line
+    # The functions are imported again after each that was stopped, in 240 s at most.
+    line = refused(capsys, "grpo", *GRPO, "rewards.timeout_seconds=361", functions("{call: mine:length}"))
+    assert "rewards.timeout_seconds = 361" in line and "raise parallel.timeout_minutes to 11," in line
+    three = functions(*(f"{{call: mine:{name}}}" for name in ("length", "late", "silent")))
+    assert "raise parallel.timeout_minutes to 15, or" in refused(capsys, "grpo", *GRPO, three)
 
 
 def grade_on_ranks(rank: int, world: int, store: dist.Store, out: Path, tp: str) -> None:
