@@ -36,7 +36,7 @@ class DataConfig:
     id_field: str | None = "id"
     """Field of the row's own id, a text or a number."""
     unreadable: Literal["error", "skip"] = "error"
-    """A gold answer that no reward can read ends the start, or its task is left out, which is said."""
+    """A gold answer that no reward can read is refused, or its task is skipped and counted at start."""
     prompt_template: str | None = None
     """Prompt made from a question, or the user's message of chat; its special tokens count, a question's are text.
     None: "Question: {question}\\nAnswer:" for files, and the question alone for generated tasks and in chat."""
@@ -46,7 +46,7 @@ class DataConfig:
     """System prompt of conversations that have none of their own; none: that of the template, if it has one."""
     too_long: Literal["error", "skip"] = "error"
     """A prompt that leaves no room for its response, or an example of supervised training above model.max_length or
-    run.max_tokens, ends the start, or is left out, which is said."""
+    run.max_tokens, is refused, or skipped and counted at start."""
     kinds: tuple[str, ...] = ("add",)
     """Kinds of generated tasks: add, sub, mul, word."""
     style: Literal["answer", "steps"] = "answer"

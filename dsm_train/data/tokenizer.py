@@ -212,10 +212,8 @@ def load_tokenizer(path: str | Path, *, eos_token: str | None = None) -> Tokeniz
         names["eos_token"] = eos_token
         files[_CONFIG] = json.dumps(names, indent=2).encode()
     # With nothing but these keys tokenizer.json is the whole truth, as in our own folders: spare transformers' import.
-    bare = names.keys() == {"tokenizer_class", "eos_token", "pad_token"} and not any(
-        "chat_template" in f for f in files
-    )
-    if bare and isinstance(names["eos_token"], str) and isinstance(names["pad_token"], str):
+    bare = names.keys() == {"tokenizer_class", "eos_token", "pad_token"} and all(type(v) is str for v in names.values())
+    if bare and not any("chat_template" in name for name in files):
         return _from_json(path / "tokenizer.json", names["eos_token"], names["pad_token"], files)
     return _from_pretrained(path, eos_token, files)
 

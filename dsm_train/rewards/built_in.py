@@ -14,7 +14,7 @@ _DECIMAL_COMMA = re.compile(r"[0-9],[0-9]")
 
 
 @dataclass(frozen=True, slots=True)
-class Reward:
+class BuiltInReward:
     """Row of the table."""
 
     judge: Callable[[str, Task], float | None]
@@ -33,8 +33,8 @@ def unreadable_number(task: Task) -> str | None:
     return f"answer must be a number or end in '#### number', got {task.answer[-60:]!r}{hint}"
 
 
-# A REWARD GOES HERE: one line, its name in config.py's `BuiltIn`, and its function in a file beside this one.
-BUILT_IN: dict[str, Reward] = {
-    "numeric": Reward(lambda completion, task: numeric_reward(completion, task.answer), unreadable_number),
-    "format": Reward(lambda completion, task: format_reward(completion)),
+# A new reward takes a line here, its name in config.py's `BuiltIn`, and its function in a file beside this one.
+BUILT_IN: dict[str, BuiltInReward] = {
+    "numeric": BuiltInReward(lambda completion, task: numeric_reward(completion, task.answer), unreadable_number),
+    "format": BuiltInReward(lambda completion, task: format_reward(completion)),
 }
