@@ -290,6 +290,14 @@ def test_effective_config_loads_back(tmp_path: Path):
         (["data.kind=sum"], "data.kind: expected one of sums, words, got 'sum'"),
         (["rollout.top_k=x"], "rollout.top_k: expected an integer or null, got 'x'"),
         (["rollout.stop=a,b"], "rollout.stop: expected a list [A, B, ...], each a string, got 'a,b'"),
+        *(
+            (
+                [f"rollout.stop=[{text}]"],  # YAML reads more into it than a text
+                f"rollout.stop: expected a list [A, B, ...], each a string, got '[{text}]': "
+                'put each text in double quotes, ["A", "B", ...]',
+            )
+            for text in ("How many?", "a: b", "a]", "null")
+        ),
         (["seed"], "seed has no value: write seed=VALUE"),
         (["--seed", "--lr", "3"], "seed has no value: write --seed=VALUE"),
         (["data.shuffle"], "data.shuffle has no value: write data.shuffle=VALUE"),  # without --, more likely a slip

@@ -49,7 +49,7 @@ def parse(key: str, kind: Any, setting: Setting) -> Any:
     except ValueError:
         got = "null" if setting.text is None else repr(setting.text)
         got = f"the list {list(setting.text)}" if isinstance(setting.text, tuple) else got
-        raise ValueError(f"{setting.where}{key}: expected {_words(kind)}, got {got}") from None
+        raise ValueError(f"{setting.where}{key}: expected {_words(kind)}, got {got}{_quotes(bare, setting)}") from None
     places = (f"{setting.where}item {number} of {key}: " for number in range(1, len(items) + 1))
     return tuple(_parse_item(item, *pair) for pair in zip(mappings, places, strict=True))
 
@@ -106,6 +106,14 @@ def _parse_value(kind: Any, text: Text) -> Any:
     if kind is Path and not text:
         raise ValueError("an empty path")  # such as run.out=$UNSET
     return value
+
+
+def _quotes(kind: Any, setting: Setting) -> str:
+    """Give the remedy for a list of texts that YAML reads otherwise; empty for all else."""
+    written_as_list = isinstance(setting.text, tuple) or str(setting.text).startswith("[")
+    if get_origin(kind) is not tuple or get_args(kind)[0] not in (str, Path) or not written_as_list:
+        return ""
+    return ': put each text in double quotes, ["A", "B", ...]'
 
 
 def _words(kind: Any) -> str:
