@@ -81,7 +81,8 @@ class Journal:
         """Say once what has gone on for some steps. Collective."""
         unjudged = values["no_verdict"] > 0.5
         self._flat = self._flat + 1 if values["groups_without_spread"] == 1.0 and not unjudged else 0
-        self._cut_off = self._cut_off + 1 if values["finished"] < 0.5 else 0
+        unfinished = self.evaluator.grader.config.unfinished  # a response that is kept may well have no end
+        self._cut_off = self._cut_off + 1 if values["finished"] < 0.5 and unfinished != "keep" else 0
         self._unjudged = self._unjudged + 1 if unjudged else 0
         if self._unjudged == PATIENCE:
             trouble = self.evaluator.trouble()
@@ -100,5 +101,6 @@ class Journal:
         if self._cut_off == PATIENCE:
             loop.say(
                 f"{PATIENCE} steps to step {number}: {1 - values['finished']:.0%} of the responses were cut off "
-                f"at sampling.max_new_tokens = {self.max_new_tokens}: raise it, unless that is wanted"
+                f"at sampling.max_new_tokens = {self.max_new_tokens}, and rewards.unfinished = {unfinished}: raise "
+                "sampling.max_new_tokens, or set rewards.unfinished=keep for a model that has no end token"
             )

@@ -263,14 +263,17 @@ def test_reward_rises_and_shuffled_rewards_teach_nothing(tmp_path: Path) -> None
     assert gains["shuffled"] < 0.05
 
 
+@pytest.mark.parametrize(("unfinished", "told"), [("zero", 1), ("keep", 0)])
 def test_steps_that_teach_nothing_and_responses_that_are_cut_off_are_said_once(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    unfinished: str, told: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run("grpo", *GRPO, f"run.out={tmp_path}", "steps=7")  # random weights: no response is right, hardly one ends
+    # Random weights: no response is right, hardly one ends.
+    run("grpo", *GRPO, f"run.out={tmp_path}", "steps=7", f"rewards.unfinished={unfinished}")
     said = capsys.readouterr().out.splitlines()
     flat = [line for line in said if "all responses to a question earned the same reward (mean 0)" in line]
     cut_off = [line for line in said if "of the responses were cut off at sampling.max_new_tokens = 5" in line]
-    assert len(flat) == len(cut_off) == 1
+    assert (len(flat), len(cut_off)) == (1, told)
+    assert all("and rewards.unfinished = zero: raise sampling.max_new_tokens, or" in line for line in cut_off)
     assert flat[0].startswith("5 steps to step 5:") and "samples.jsonl" in flat[0]
 
 
