@@ -66,7 +66,7 @@ class Course:
 
 
 def course_notes(course: Course, tokenizer: Tokenizer) -> list[str]:
-    """Say what is trained on: counts, what is left out, and the first example with its learnt tokens marked."""
+    """Say what is trained on: counts, what is left out, and the first example with its loss mask marked."""
     train, heldout = course.examples, course.heldout
     mark = "bold" if sys.stdout.isatty() else "⟦ ⟧"  # as `shown` has it
     lines = [
@@ -82,7 +82,7 @@ def course_notes(course: Course, tokenizer: Tokenizer) -> list[str]:
             )
         if side.unlearnt:
             lines.append(f"{side.unlearnt:,} {name} examples without a token to learn are left out")
-    return [*lines, f"the first example, what is learnt in {mark}:\n{shown(train.first, tokenizer)}"]
+    return [*lines, f"the first example, its loss mask in {mark}:\n{shown(train.first, tokenizer)}"]
 
 
 def cut_steps(size_E: Tensor, budget: int, order: Order, *, steps: int | None, epochs: float | None) -> Sequence[int]:

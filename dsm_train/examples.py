@@ -47,7 +47,7 @@ class Examples:
     token_N: Tensor
     """Tokens, int32."""
     learnt_N: Tensor
-    """True where a token is learnt; the last token of an example always is."""
+    """Loss mask: True where a token is learnt; the last token of an example always is."""
     cu: Tensor
     """Offsets of the examples [E + 1], int64."""
     given_E: Tensor
@@ -69,7 +69,7 @@ class Examples:
         return self.cu.diff() - 1
 
     def take(self, index_E: Tensor) -> tuple[Sequences, Tensor]:
-        """Select these examples, in this order, as groups of one; and learnt_T, True where a token is learnt."""
+        """Select these examples, in this order, as groups of one; and learnt_T, their loss mask."""
         begin_S, given_S = self.cu[index_E], self.given_E[index_E]
         rest_S = self.cu[index_E + 1] - begin_S - given_S
         row_T = spans(begin_S + given_S, rest_S)

@@ -26,7 +26,7 @@ class Example:
     response: list[int]
     """Tokens that follow."""
     learnt: list[bool]
-    """True where a token of `response` is learnt."""
+    """Loss mask: True where a token of `response` is learnt."""
 
 
 class Format(Protocol):
@@ -202,7 +202,7 @@ class ChatFormat:
 
 
 def shown(example: Example, tokenizer: Tokenizer) -> str:
-    """Write an example for people: special tokens in sight, control characters escaped, and what is learnt marked.
+    """Write an example for people: special tokens in sight, control characters escaped, and its loss mask marked.
 
     The mark is bold type on a terminal, and the brackets ⟦ ⟧ elsewhere.
     """

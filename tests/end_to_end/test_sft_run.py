@@ -30,7 +30,7 @@ def test_epochs_make_the_schedule_and_the_last_step_takes_what_is_left(tmp_path:
     assert rows[6]["heldout_loss"] < rows[3]["heldout_loss"] < rows[0]["loss"]
     said = capsys.readouterr().out
     assert "supervised training: 34 examples of " in said and "7 steps, 1.5 epochs; 6 held-out examples" in said
-    first = said.partition("the first example, what is learnt in ⟦ ⟧:\n")[2]
+    first = said.partition("the first example, its loss mask in ⟦ ⟧:\n")[2]
     assert first.startswith("Question: Ann has") and "\nAnswer:⟦She has " in first
     assert first.partition("⟧")[0].endswith("<eos>")
     # the written configuration repeats the run
