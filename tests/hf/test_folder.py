@@ -1,4 +1,4 @@
-"""What a folder says beside its weights: model, type, tokenizer; how a run takes it and writes it again."""
+"""A folder beside its weights: model, type, tokenizer; how a run takes it and writes it again."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def make_folder(folder: Path, dtype: torch.dtype = torch.float32, **changes: Any
 
 
 def test_how_to_run_is_not_what_was_saved(tmp_path: Path) -> None:
-    """What the weights do not determine is taken from this run's configuration."""
+    """The run's configuration gives all that the weights do not determine."""
     source = Source.of(make_folder(tmp_path))
     asked = ModelConfig(layers="local", recompute=True, vocab_multiple=8, max_length=7, dtype="bf16")
     given = {"model.max_length": "", "model.dtype": ""}
