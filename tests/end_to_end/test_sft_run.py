@@ -155,3 +155,13 @@ def test_the_twin_has_the_same_keys_and_learns(tmp_path: Path) -> None:
         "eval.every=0", "eval.tasks=10", "model.num_layers=1")  # fmt: skip
     rows = metrics(tmp_path)
     assert rows[-1]["loss"] < 0.6 * rows[0]["loss"] and "heldout_accuracy" in rows[-1]
+
+
+def test_a_file_without_solutions_has_no_weight_in_supervised_training(tmp_path: Path, capsys: Capture) -> None:
+    good, bare = write_gsm8k(tmp_path / "good.jsonl", 40), tmp_path / "bare.jsonl"
+    bare.write_text("".join(f'{{"question": "{n}+1=", "answer": {n + 1}}}\n' for n in range(20)))
+    data = (f"data.path=[{good},{bare}]", "data.weights=[1,1]", "data.heldout_tasks=4")
+    line = refused(capsys, "sft", *SFT, f"run.out={tmp_path / 'run'}", *data)
+    assert f"data.weights: no task of {bare} is left to train on" in line
+    # its questions serve GRPO, whose warm-up does without them
+    run("grpo", *GRPO, f"run.out={tmp_path / 'grpo'}", *data, "steps=1", "warmup.steps=1")
