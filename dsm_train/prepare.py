@@ -27,7 +27,7 @@ from dsm_train.data.source import (
 )
 from dsm_train.data.tasks import Task
 from dsm_train.data.tokenizer import Tokenizer
-from dsm_train.hf.folder import Source, with_vocabulary
+from dsm_train.hf.folder import Pretrained, with_vocabulary
 from dsm_train.megatron import parallel
 from dsm_train.megatron.flash import core_attention
 from dsm_train.megatron.heads import HeadSpec
@@ -50,7 +50,7 @@ class Questions:
     grader: Grader
     order: Order
     """Passes over the training tasks."""
-    source: Source | None = None
+    source: Pretrained | None = None
     """Folder that the initial weights come from, as it was at the start."""
     course: Course | None = None
     """Supervised training; None for a stage without."""
@@ -64,7 +64,7 @@ def prepare(config: ConfigT, sampling: SamplingConfig | None) -> tuple[ConfigT, 
     sampling: how the stage answers its tasks; None: it does not. Returns the configuration with the model's shape as
     the initial weights have it.
     """
-    source = None if config.run.init is None else Source.of(config.run.init)
+    source = None if config.run.init is None else Pretrained.of(config.run.init)
     if source is not None:
         config = replace(config, model=source.model(config.model, config.given))
         source.check_weights("language")

@@ -18,8 +18,9 @@ import torch
 from dsm_train import __version__
 from dsm_train.cli import check_alike, digest, fingerprint, to_yaml, user_errors
 from dsm_train.configs import StageConfig
-from dsm_train.data.tokenizer import Tokenizer
-from dsm_train.hf.folder import Source, write_tokenizer_note
+from dsm_train.data.tokenizer import FILES, Tokenizer
+from dsm_train.hf.config import fresh_config
+from dsm_train.hf.folder import Pretrained, write_config, write_tokenizer_note
 from dsm_train.hf.names import pieces
 from dsm_train.hf.writer import TYPES, appearing
 from dsm_train.megatron import parallel, platform, weights
@@ -48,7 +49,7 @@ class Job(Generic[OwnConfigT]):
     parallel: Parallel
     metrics: Metrics
     samples: Samples
-    source: Source | None = None
+    source: Pretrained | None = None
     """Folder that the weights came from, as it was at the start."""
     started: float = field(default_factory=time.perf_counter)
 
@@ -91,21 +92,27 @@ class Job(Generic[OwnConfigT]):
         """Write weights and tokenizer to the output folder, a Hugging Face folder, also for `run.init`. Collective."""
         config, kind = self.config, model.spec.kind
         source, dtype = self.source, config.run.weights_dtype or config.model.dtype
-        if source is None:
-            stops = tokenizer.stop_ids
-            ids = {
-                "bos_token_id": next(iter(tokenizer.bos_ids), None),
-                "eos_token_id": tokenizer.eos_id if len(stops) == 1 else list(stops),
-                "pad_token_id": tokenizer.pad_id,
-            }
-            source = Source.fresh(config.model, ids)
         self.parallel.watchdog.enter("saving of weights")
         with self.parallel.watchdog.paused(), appearing(self.out / "weights", self.parallel.is_main) as folder:
             weights.save_weights(folder, model.chunks, config.model, self.parallel, TYPES[dtype], kind)
-            if self.parallel.is_main:
-                tokenizer.save(folder)
-                write_tokenizer_note(folder, tokenizer.vocab_size, tokenizer.fingerprint())
-                source.write(folder, config.model, kind, dtype)
+            if not self.parallel.is_main:
+                return
+            if source is not None:
+                source.write(folder, config.model, kind, dtype, without=FILES)
+            else:
+                description = fresh_config(config.model, special_ids(tokenizer))
+                write_config(folder, description.written(config.model, kind, dtype))
+            tokenizer.save(folder)
+            write_tokenizer_note(folder, tokenizer.vocab_size, tokenizer.fingerprint())
+
+
+def special_ids(tokenizer: Tokenizer) -> dict[str, int | list[int] | None]:
+    """List a tokenizer's special tokens by their keys in config.json."""
+    return {
+        "bos_token_id": next(iter(tokenizer.bos_ids), None),
+        "eos_token_id": tokenizer.eos_id if len(tokenizer.stop_ids) == 1 else list(tokenizer.stop_ids),
+        "pad_token_id": tokenizer.pad_id,
+    }
 
 
 class Loop(AbstractContextManager["Loop"]):

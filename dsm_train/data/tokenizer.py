@@ -18,12 +18,12 @@ from dsm_train.data.tasks import Message
 
 PAD, EOS = "<pad>", "<eos>"
 _CONFIG = "tokenizer_config.json"
-_FILES = (
+FILES = (
     *("tokenizer.json", _CONFIG, "special_tokens_map.json", "added_tokens.json", "chat_template.json"),
     *("chat_template.jinja", "additional_chat_templates/*.jinja", "vocab.json", "merges.txt", "vocab.txt"),
     *("tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "tiktoken.model", "tekken.json"),
 )
-"""Files of a tokenizer in a Hugging Face folder."""
+"""Patterns of the files of a tokenizer in a Hugging Face folder."""
 # The trainer takes quadratic time in a piece (a run of letters, of blanks, of other characters): longer runs are cut.
 _LONGEST_PIECE = 256
 _LONG_RUN = re.compile(rf"[^\W\d_]{{{_LONGEST_PIECE}}}|(?:[^\w\s]|_){{{_LONGEST_PIECE}}}|\s{{{_LONGEST_PIECE}}}")
@@ -205,7 +205,7 @@ def load_tokenizer(path: str | Path, *, eos_token: str | None = None) -> Tokeniz
         return _from_json(path, eos_token or EOS, PAD, {"tokenizer.json": path.read_bytes()})
     if not path.is_dir():
         raise ValueError(f"no tokenizer at {str(path)!r}: give a folder with tokenizer files, or a tokenizer.json")
-    found = sorted(file for pattern in _FILES for file in path.glob(pattern) if file.is_file())
+    found = sorted(file for pattern in FILES for file in path.glob(pattern) if file.is_file())
     files = {file.relative_to(path).as_posix(): file.read_bytes() for file in found}
     names = _json(path / _CONFIG)
     if eos_token is not None:

@@ -55,7 +55,7 @@ class Description:
     """Type that it gives the weights."""
 
     def written(self, model: ModelConfig, kind: HeadKind, dtype: WeightsType | None) -> dict[str, Any]:
-        """Return config.json for weights that came from these: all keys as they stand but those that changed.
+        """Update config.json for the new weights; other keys are kept.
 
         A longer model.max_length than max_position_embeddings is written where nothing else depends on that.
 
@@ -74,10 +74,8 @@ class Description:
         return values | {"architectures": [self.architecture.class_name(kind)]}
 
 
-def read_config(values: Any) -> Description:
+def read_config(values: Mapping[str, Any]) -> Description:
     """Understand a config.json; raises `ValueError` that names what it asks for and we lack."""
-    if not isinstance(values, Mapping):
-        raise ValueError("is no JSON object: copy it again")
     architecture = find_architecture(values)
     for key, has in _LACKED.items():
         if values.get(key):
@@ -158,3 +156,8 @@ def fresh_config(model: ModelConfig, ids: Mapping[str, int | list[int] | None]) 
         **{"bos_token_id": None, **ids},
     }
     return replace(read_config(values), dtype=None)
+
+
+def check_expressible(model: ModelConfig) -> None:
+    """Raise `ValueError` unless config.json can express a model that starts from nothing."""
+    fresh_config(model, {})

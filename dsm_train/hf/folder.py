@@ -12,8 +12,8 @@ from typing import Any
 import torch
 
 from dsm_train.config import ModelConfig, require
-from dsm_train.hf.architectures import HeadKind
-from dsm_train.hf.config import Description, WeightsType, fresh_config, read_config
+from dsm_train.hf.architectures import SUFFIXES, HeadKind
+from dsm_train.hf.config import Description, WeightsType, check_expressible, read_config
 from dsm_train.hf.files import Reader, check_tensors, stored_tensors
 from dsm_train.hf.names import pieces
 
@@ -28,35 +28,32 @@ _MODEL_TYPES: Mapping[WeightsType, str] = {"fp32": "fp32", "bf16": "bf16", "fp16
 
 
 @dataclass(frozen=True)
-class Source:
+class Pretrained:
     """All that a folder says beside its weights and its tokenizer, for those who train them and write them again."""
 
-    folder: Path | None
-    """None: the model starts from nothing."""
+    folder: Path
     description: Description
     generation: bytes | None
     """generation_config.json, if there is one."""
 
     @classmethod
-    def of(cls, folder: Path) -> Source:
+    def of(cls, folder: Path) -> Pretrained:
         """Read a folder; raises `ValueError` with the key in front for one that holds no model that trains here."""
-        path = folder / CONFIG
+        path, generation = folder / CONFIG, folder / GENERATION
         try:
             if not path.is_file():
                 raise ValueError(_no_config(folder))
+            values = _read_json(path)
             try:
-                description = read_config(json.loads(path.read_bytes()))
+                description = read_config(values)
             except ValueError as error:
-                raise ValueError(f"{path} {_what(error)}") from error
-            generation = folder / GENERATION
-            return cls(folder, description, generation.read_bytes() if generation.is_file() else None)
+                raise ValueError(f"{path} {error}") from error
+            if not generation.is_file():
+                return cls(folder, description, None)
+            _read_json(generation)
+            return cls(folder, description, generation.read_bytes())
         except ValueError as error:
             raise ValueError(f"run.init: {error}") from error
-
-    @classmethod
-    def fresh(cls, model: ModelConfig, ids: Mapping[str, int | list[int] | None]) -> Source:
-        """Describe a model that starts from nothing; raises `ValueError` where no architecture can express it."""
-        return cls(None, fresh_config(model, ids), None)
 
     def model(self, asked: ModelConfig, given: Mapping[str, str]) -> ModelConfig:
         """Return the model of the weights, to be run as `asked`; raises `ValueError` for what the user set otherwise.
@@ -64,7 +61,6 @@ class Source:
         given: keys that the user set, each with its place. Without model.max_length and model.dtype among them, these
         are those of the weights too.
         """
-        assert self.folder is not None, "a model that starts from nothing is as asked"
         saved = self.description.model
         check_model(self.folder, saved, asked, given)
         kept = {name: getattr(asked, name) for name in _AS_GIVEN}
@@ -78,17 +74,31 @@ class Source:
         """Type of the weights: what config.json says, else that of the first one."""
         if self.description.dtype is not None:
             return self.description.dtype
-        assert self.folder is not None
         first = next(iter(stored_tensors(self.folder).values()))
         return {"BF16": "bf16", "F16": "fp16"}.get(first.dtype, "fp32")  # type: ignore[return-value]
 
     def note(self, given: Collection[str]) -> str | None:
         """Say that weights are not trained in the type that they have."""
-        if "model.dtype" in given or self.folder is None or self.dtype() != "fp16":
+        if "model.dtype" in given or self.dtype() != "fp16":
             return None
         return (
             f"the weights of {self.folder} are float16, which is not trained in: fp32 serves (model.dtype=bf16 takes "
             "half the memory)"
+        )
+
+    def stops_note(self, stops: Collection[int]) -> str | None:
+        """Say that responses end elsewhere in training than the files that are written beside the weights say.
+
+        stops: tokens that end a response in training.
+        """
+        generation = {} if self.generation is None else json.loads(self.generation)
+        written = generation.get("eos_token_id", self.description.values.get("eos_token_id"))
+        written = written if isinstance(written, list) else [] if written is None else [written]
+        if sorted(map(str, written)) == sorted(map(str, set(stops))):
+            return None
+        return (
+            f"responses end at the tokens {sorted(stops)} here, and eos_token_id of {self.folder} is {written}, which "
+            "is written beside the weights: transformers and vLLM will stop there"
         )
 
     def check_weights(self, kind: HeadKind) -> None:
@@ -96,7 +106,6 @@ class Source:
 
         A value head starts anew on weights with a language head; a language head does not.
         """
-        assert self.folder is not None
         description = self.description
         if kind == "language" and description.kind == "value":
             raise ValueError(f"run.init: {self.folder} has a value head, and a language model is trained here")
@@ -110,15 +119,26 @@ class Source:
         except ValueError as error:
             raise ValueError(f"run.init: {error}") from error
 
-    def write(self, folder: Path, model: ModelConfig, kind: HeadKind, dtype: WeightsType | None) -> None:
-        """Write config.json and generation_config.json beside weights that were trained from these."""
-        values = self.description.written(model, kind, dtype)
-        (folder / CONFIG).write_text(json.dumps(values, indent=2) + "\n")
-        if self.generation is not None:
-            (folder / GENERATION).write_bytes(self.generation)
-        elif kind == "language" and values.get("eos_token_id") is not None:
-            ids = {name: values[name] for name in _IDS if values.get(name) is not None}
-            (folder / GENERATION).write_text(json.dumps(ids, indent=2) + "\n")
+    def write(
+        self, folder: Path, model: ModelConfig, kind: HeadKind, dtype: WeightsType | None, without: Collection[str] = ()
+    ) -> None:
+        """Write what lies beside weights that were trained from these.
+
+        without: patterns of files that are not carried over, since they are written from elsewhere.
+        """
+        carry_over(self.folder, folder, without)
+        write_config(folder, self.description.written(model, kind, dtype), self.generation)
+
+
+def write_config(folder: Path, values: Mapping[str, Any], generation: bytes | None = None) -> None:
+    """Write config.json and generation_config.json; without the latter, the ids of the former for a language model."""
+    (folder / CONFIG).write_text(json.dumps(values, indent=2) + "\n")
+    language = any(name.endswith(SUFFIXES["language"]) for name in values["architectures"])
+    if generation is not None:
+        (folder / GENERATION).write_bytes(generation)
+    elif language and values.get("eos_token_id") is not None:
+        ids = {name: values[name] for name in _IDS if values.get(name) is not None}
+        (folder / GENERATION).write_text(json.dumps(ids, indent=2) + "\n")
 
 
 def _check_tied(folder: Path) -> None:
@@ -131,11 +151,14 @@ def _check_tied(folder: Path) -> None:
             )
 
 
-def _what(error: ValueError) -> str:
-    """Say what is wrong with config.json: damaged text, a value that no model has, or what we lack."""
-    if isinstance(error, json.JSONDecodeError | UnicodeDecodeError):
-        return f"is not JSON ({error}): copy it again"
-    return str(error)
+def _read_json(path: Path) -> Mapping[str, Any]:
+    try:
+        values = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON ({error}): copy it again") from error
+    if not isinstance(values, Mapping):
+        raise ValueError(f"{path} is no JSON object: copy it again")
+    return values
 
 
 def _no_config(folder: Path) -> str:
@@ -197,28 +220,35 @@ def check_tokenizer(folder: Path, rows: int, size: int, fingerprint: str) -> Non
         )
 
 
-def with_vocabulary(model: ModelConfig, source: Source | None, size: int, fingerprint: str) -> ModelConfig:
+def with_vocabulary(model: ModelConfig, pretrained: Pretrained | None, size: int, fingerprint: str) -> ModelConfig:
     """Fill model.vocab_size from the tokenizer, where the weights have not.
 
     size, fingerprint: those of the tokenizer.
     Raises `ValueError` for a tokenizer that is not the weights', and for a model that could not be written.
     """
-    if source is not None and source.folder is not None and model.vocab_size is not None:
-        check_tokenizer(source.folder, model.vocab_size, size, fingerprint)
+    if pretrained is not None and model.vocab_size is not None:
+        check_tokenizer(pretrained.folder, model.vocab_size, size, fingerprint)
         return model
     rule = f"at least the tokenizer's {size} tokens, or left out"
     require(model.vocab_size is None or model.vocab_size >= size, "model.vocab_size", rule, model.vocab_size)
     model = replace(model, vocab_size=model.vocab_size or size)
-    fresh_config(model, {})
+    check_expressible(model)
     return model
 
 
-def carry_over(source: Path, target: Path) -> None:
-    """Copy what lies beside the weights: tokenizer, chat template, licence, ..."""
-    for path in sorted(source.iterdir()):
+def carry_over(source: Path, target: Path, without: Collection[str] = ()) -> None:
+    """Copy what lies beside the weights: tokenizer, chat templates, licence, ...; nothing where `source` is gone.
+
+    without: patterns of files that are not copied.
+    """
+    for path in sorted([*source.glob("*"), *source.glob("additional_chat_templates/*.jinja")]):
+        name = path.relative_to(source)
         weights = path.name.endswith((*_OF_WEIGHTS, ".index.json"))
-        if path.is_file() and not path.name.startswith(".") and not weights and path.name != CONFIG:
-            shutil.copyfile(path, target / path.name)
+        if not path.is_file() or path.name.startswith(".") or weights or path.name == CONFIG:
+            continue
+        if not any(name.match(pattern) for pattern in without):
+            (target / name).parent.mkdir(exist_ok=True)
+            shutil.copyfile(path, target / name)
 
 
 def write_tokenizer_note(folder: Path, size: int, fingerprint: str) -> None:

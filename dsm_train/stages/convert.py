@@ -11,7 +11,7 @@ from dsm_train.cli import user_errors
 from dsm_train.config import ModelConfig
 from dsm_train.configs import ConvertConfig
 from dsm_train.hf.files import stored_dtypes
-from dsm_train.hf.folder import Source, carry_over
+from dsm_train.hf.folder import Pretrained
 from dsm_train.hf.writer import TYPES, appearing
 from dsm_train.megatron import parallel, weights
 from dsm_train.megatron.heads import HeadSpec
@@ -35,7 +35,6 @@ def convert(config: ConvertConfig) -> None:
         chunks = ModelSpec(model, HeadSpec.of(model, kind), init).chunks(ranks)
         weights.save_weights(folder, chunks, model, ranks, dtype, kind, round(config.shard_gb * 10**9))
         if ranks.is_main:
-            carry_over(init, folder)
             source.write(folder, source.description.model, kind, wanted)
     if ranks.is_main:
         files = sorted(out.glob("*.safetensors"))
@@ -44,12 +43,12 @@ def convert(config: ConvertConfig) -> None:
     parallel.stop(ranks)
 
 
-def check(config: ConvertConfig, init: Path, out: Path) -> tuple[Source, dict[str, torch.dtype], ModelConfig]:
+def check(config: ConvertConfig, init: Path, out: Path) -> tuple[Pretrained, dict[str, torch.dtype], ModelConfig]:
     """Read what the folder holds: its description, the types of its tensors, and a model that holds these exactly.
 
     Raises `ValueError` for weights that cannot be read, a layout that does not fit, and an `out` that holds anything.
     """
-    source = Source.of(init)
+    source = Pretrained.of(init)
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         what = "not empty" if out.is_dir() else "a file"
         raise ValueError(f"run.out: {out} is {what}: choose a folder that is not there yet")

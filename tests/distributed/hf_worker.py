@@ -14,7 +14,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from dsm_train.config import ParallelConfig
 from dsm_train.hf.files import stored_dtypes
-from dsm_train.hf.folder import Source
+from dsm_train.hf.folder import Pretrained
 from dsm_train.hf.writer import appearing
 from dsm_train.megatron import parallel, weights
 from dsm_train.megatron.heads import HeadSpec
@@ -47,7 +47,7 @@ def tokens() -> list[torch.Tensor]:
 
 def run(folder: Path, layout: Parallel, out: Path) -> dict[str, object]:
     """Load, compute and write; what the last pipeline rank's first tensor-parallel rank returns counts."""
-    source = Source.of(folder)
+    source = Pretrained.of(folder)
     kind = source.description.kind
     source.check_weights(kind)
     model = replace(source.description.model, dtype="fp32", vocab_multiple=8)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,12 +15,15 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from dsm_train.config import ModelConfig, RopeScaling
+from dsm_train.data.tokenizer import FILES
+from dsm_train.hf.config import fresh_config
 from dsm_train.hf.folder import (
-    Source,
+    Pretrained,
     carry_over,
     check_model,
     check_tokenizer,
     with_vocabulary,
+    write_config,
     write_tokenizer_note,
 )
 from dsm_train.hf.names import pieces
@@ -30,8 +34,7 @@ SAVED = ModelConfig(num_layers=1, hidden_size=16, num_heads=2, num_kv_heads=1, f
 def make_folder(folder: Path, dtype: torch.dtype = torch.float32, **changes: Any) -> Path:
     """A folder as transformers 4 would have it, weights and all."""
     folder.mkdir(exist_ok=True)
-    source = Source.fresh(SAVED, {"eos_token_id": 1})
-    values = {**source.description.values, **changes}
+    values = {**fresh_config(SAVED, {"eos_token_id": 1}).values, **changes}
     (folder / "config.json").write_text(json.dumps(values))
     save_file(
         {piece.hf: torch.ones(piece.shape, dtype=dtype) for piece in pieces(SAVED, "language")},
@@ -42,7 +45,7 @@ def make_folder(folder: Path, dtype: torch.dtype = torch.float32, **changes: Any
 
 def test_how_to_run_is_not_what_was_saved(tmp_path: Path) -> None:
     """The run's configuration gives all that the weights do not determine."""
-    source = Source.of(make_folder(tmp_path))
+    source = Pretrained.of(make_folder(tmp_path))
     asked = ModelConfig(layers="local", recompute=True, vocab_multiple=8, max_length=7, dtype="bf16")
     given = {"model.max_length": "", "model.dtype": ""}
     assert source.model(asked, given) == replace(
@@ -64,7 +67,7 @@ def test_how_to_run_is_not_what_was_saved(tmp_path: Path) -> None:
 def test_the_type_is_that_of_the_weights_unless_it_is_given(
     named: str | None, stored: torch.dtype, trained: str, noted: bool, tmp_path: Path
 ) -> None:
-    source = Source.of(make_folder(tmp_path, stored, torch_dtype=named))
+    source = Pretrained.of(make_folder(tmp_path, stored, torch_dtype=named))
     assert source.model(ModelConfig(), {}).dtype == trained
     note = source.note({})
     assert (note is not None and "float16" in note) == noted
@@ -99,32 +102,36 @@ def test_saying_the_same_in_other_words_is_no_contradiction(tmp_path: Path) -> N
         ({}, "holds no config.json: give"),
         ({"config.json": "{"}, "config.json is not JSON"),
         ({"config.json": "[]"}, "config.json is no JSON object"),
+        (
+            {"config.json": json.dumps(fresh_config(SAVED, {}).values), "generation_config.json": "["},
+            "n_config.json is not",
+        ),
         ({"config.json": '{"model_type": "bert"}'}, "config.json asks for model_type = 'bert'"),
     ],
-    ids=["earlier version", "nothing", "not JSON", "no object", "another model"],
+    ids=["earlier version", "nothing", "not JSON", "no object", "generation", "another model"],
 )
 def test_a_folder_that_describes_no_model_is_named(files: dict[str, str], words: str, tmp_path: Path) -> None:
     for name, text in files.items():
         (tmp_path / name).write_text(text)
     with pytest.raises(ValueError, match=f"^run.init: .*{words}"):
-        Source.of(tmp_path)
+        Pretrained.of(tmp_path)
 
 
 def test_a_missing_folder_is_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="run.init: .*nowhere is no folder"):
-        Source.of(tmp_path / "nowhere")
+        Pretrained.of(tmp_path / "nowhere")
 
 
 def test_weights_are_checked_against_their_description(tmp_path: Path) -> None:
-    Source.of(make_folder(tmp_path)).check_weights("language")
+    Pretrained.of(make_folder(tmp_path)).check_weights("language")
     with pytest.raises(ValueError, match=r"run.init: weight .*gate_proj.weight in .* \[24, 16\], the model \[32, 16\]"):
-        Source.of(make_folder(tmp_path, intermediate_size=32)).check_weights("language")
+        Pretrained.of(make_folder(tmp_path, intermediate_size=32)).check_weights("language")
     with pytest.raises(ValueError, match="run.init: .* has no weight model.layers.0.self_attn.q_proj.bias"):
-        Source.of(make_folder(tmp_path, attention_bias=True)).check_weights("language")
+        Pretrained.of(make_folder(tmp_path, attention_bias=True)).check_weights("language")
     value = {"architectures": ["LlamaForSequenceClassification"], "num_labels": 1}
     with pytest.raises(ValueError, match="has a value head, and a language model is trained here"):
-        Source.of(make_folder(tmp_path, **value)).check_weights("language")
-    tied = Source.of(make_folder(tmp_path, tie_word_embeddings=True))
+        Pretrained.of(make_folder(tmp_path, **value)).check_weights("language")
+    tied = Pretrained.of(make_folder(tmp_path, tie_word_embeddings=True))
     tied.check_weights("language")  # its lm_head.weight is the embedding
     weights = load_file(tmp_path / "model.safetensors")
     weights["lm_head.weight"][3] = 0
@@ -140,7 +147,7 @@ def test_the_vocabulary_is_the_tokenizers_where_there_are_no_weights(tmp_path: P
         with_vocabulary(ModelConfig(vocab_size=299), None, 300, "x")
     with pytest.raises(ValueError, match="no architecture of Hugging Face's"):
         with_vocabulary(ModelConfig(output_bias=True), None, 300, "x")
-    source = Source.of(make_folder(tmp_path))
+    source = Pretrained.of(make_folder(tmp_path))
     assert with_vocabulary(SAVED, source, 20, "x") == SAVED  # more rows than the tokenizer has tokens
     with pytest.raises(ValueError, match="has weights for 30 tokens, and the tokenizer 31: use the tokenizer that"):
         with_vocabulary(SAVED, source, 31, "x")
@@ -162,7 +169,7 @@ def test_what_lies_beside_the_weights_is_written_again(tmp_path: Path) -> None:
     folder, out = make_folder(tmp_path / "in", torch_dtype="bfloat16"), tmp_path / "out"
     out.mkdir()
     (folder / "generation_config.json").write_text('{"eos_token_id": [1, 7],   "temperature": 0.6}')
-    source = Source.of(folder)
+    source = Pretrained.of(folder)
     source.write(out, SAVED, "language", "fp16")
     name = "generation_config.json"
     assert (out / name).read_bytes() == (folder / name).read_bytes()
@@ -171,7 +178,7 @@ def test_what_lies_beside_the_weights_is_written_again(tmp_path: Path) -> None:
 
 
 def test_the_ids_of_special_tokens_are_written_where_nothing_says_how_to_generate(tmp_path: Path) -> None:
-    Source.fresh(SAVED, {"eos_token_id": 1, "pad_token_id": 0}).write(tmp_path, SAVED, "language", "fp32")
+    write_config(tmp_path, fresh_config(SAVED, {"eos_token_id": 1, "pad_token_id": 0}).values)
     assert json.loads((tmp_path / "generation_config.json").read_text()) == {"eos_token_id": 1, "pad_token_id": 0}
 
 
@@ -182,8 +189,41 @@ def test_all_but_weights_is_carried_over(tmp_path: Path) -> None:
     kept = ("tokenizer.json", "chat_template.jinja", "LICENSE", "dsm.json", "tokenizer.model")
     for name in (*kept, "config.json", "model.safetensors", "model.safetensors.index.json", "x.bin", ".hidden"):
         (source / name).write_text(name)
+    (source / "additional_chat_templates").mkdir()
+    (source / "additional_chat_templates" / "rag.jinja").write_text("rag")
     carry_over(source, target)
+    assert (target / "additional_chat_templates" / "rag.jinja").read_text() == "rag"
+    shutil.rmtree(target / "additional_chat_templates")
     assert {path.name: path.read_text() for path in target.iterdir()} == {name: name for name in kept}
+
+    shutil.rmtree(target)
+    target.mkdir()
+    carry_over(source, target, FILES)  # another tokenizer will be written there
+    assert sorted(path.name for path in target.iterdir()) == ["LICENSE", "dsm.json"]
+    shutil.rmtree(source)
+    carry_over(source, target)  # after weeks of training the folder may be gone
+
+
+@pytest.mark.parametrize(
+    ("generation", "config", "same"),
+    [
+        ({"eos_token_id": [7, 1]}, None, True),
+        ({"eos_token_id": 1}, [1, 7], False),
+        (None, [1, 7], True),
+        ({"temperature": 1}, [1, 7], True),
+        (None, None, False),
+    ],
+)
+def test_a_line_says_where_responses_end_elsewhere_than_the_written_files_say(
+    generation: dict[str, Any] | None, config: list[int] | None, same: bool, tmp_path: Path
+) -> None:
+    """data.tokenizer brings stop tokens of its own, and the weights go out with the files that they came with."""
+    folder = make_folder(tmp_path, eos_token_id=config)
+    if generation is not None:
+        (folder / "generation_config.json").write_text(json.dumps(generation))
+    note = Pretrained.of(folder).stops_note((1, 7))
+    assert (note is None) == same
+    assert same or ("at the tokens [1, 7] here" in str(note) and "transformers and vLLM will stop there" in str(note))
 
 
 FRESH = {
@@ -202,8 +242,8 @@ def test_transformers_loads_a_model_that_started_here_without_a_warning(
     model: ModelConfig, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
-    source = Source.fresh(model, {"bos_token_id": None, "eos_token_id": [1, 2], "pad_token_id": 0})
-    source.write(tmp_path, model, "language", "bf16")
+    ids: dict[str, int | list[int] | None] = {"bos_token_id": None, "eos_token_id": [1, 2], "pad_token_id": 0}
+    write_config(tmp_path, fresh_config(model, ids).written(model, "language", "bf16"))
     weights = {piece.hf: torch.ones(piece.shape, dtype=torch.bfloat16) for piece in pieces(model, "language")}
     save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
     loaded, info = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)  # type: ignore[misc]

@@ -16,7 +16,7 @@ from dsm_train.data.arithmetic import arithmetic_tasks
 from dsm_train.data.config import DataConfig
 from dsm_train.data.source import make_format
 from dsm_train.data.tokenizer import load_tokenizer, train_tokenizer
-from dsm_train.hf.folder import Source
+from dsm_train.hf.folder import Pretrained
 from dsm_train.megatron.heads import HeadSpec
 from dsm_train.megatron.parallel import Parallel
 from dsm_train.megatron.step import Model
@@ -104,7 +104,7 @@ def stage(name: str, *arguments: str) -> None:
 
 def embedded(folder: Path, prompts: list[list[int]], max_tokens: int, layout: Parallel) -> list[Completion]:
     """Greedy answers of the embedded generator with the weights in `folder`."""
-    config = Source.of(folder).model(ModelConfig(), given={})
+    config = Pretrained.of(folder).model(ModelConfig(), given={})
     model = Model.build(ModelSpec(config, HeadSpec.of(config), folder), layout)
     engine = EmbeddedEngine(model, load_tokenizer(folder).stop_ids, seed=0)
     sampling = SamplingConfig(temperature=0.0, max_new_tokens=max_tokens)
