@@ -20,9 +20,10 @@ from dsm_train.cli import check_alike, digest, fingerprint, to_yaml, user_errors
 from dsm_train.configs import StageConfig
 from dsm_train.data.tokenizer import FILES, Tokenizer
 from dsm_train.hf.config import fresh_config
+from dsm_train.hf.dtypes import BY_NAME
 from dsm_train.hf.folder import Pretrained, write_config, write_tokenizer_note
 from dsm_train.hf.names import pieces
-from dsm_train.hf.writer import TYPES, appearing
+from dsm_train.hf.writer import appearing
 from dsm_train.megatron import parallel, platform, weights
 from dsm_train.megatron.flash import core_attention
 from dsm_train.megatron.heads import HeadSpec
@@ -94,7 +95,7 @@ class Job(Generic[OwnConfigT]):
         source, dtype = self.source, config.run.weights_dtype or config.model.dtype
         self.parallel.watchdog.enter("saving of weights")
         with self.parallel.watchdog.paused(), appearing(self.out / "weights", self.parallel.is_main) as folder:
-            weights.save_weights(folder, model.chunks, config.model, self.parallel, TYPES[dtype], kind)
+            weights.save_weights(folder, model.chunks, config.model, self.parallel, BY_NAME[dtype].torch, kind)
             if not self.parallel.is_main:
                 return
             if source is not None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any
 
 from dsm_train.config import ModelConfig, RopeScaling
 from dsm_train.hf.architectures import (
@@ -16,10 +16,9 @@ from dsm_train.hf.architectures import (
     check_window,
     find_architecture,
 )
+from dsm_train.hf.dtypes import BY_CONFIG, BY_NAME, WeightsType
 from dsm_train.hf.rope import number, read_rope, write_rope
 
-WeightsType = Literal["fp32", "bf16", "fp16"]
-DTYPES: Mapping[str, WeightsType] = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 _SIZES = {
     "num_layers": "num_hidden_layers",
     "hidden_size": "hidden_size",
@@ -64,7 +63,7 @@ class Description:
         values = dict(self.values)
         if dtype is not None:
             key = next((key for key in ("dtype", "torch_dtype") if values.get(key)), "torch_dtype")
-            values |= {key: next(name for name, ours in DTYPES.items() if ours == dtype)}
+            values |= {key: BY_NAME[dtype].config}
         if kind != self.kind:
             values = {key: value for key, value in values.items() if key not in _LABELS}
             values |= {"num_labels": 1} if kind == "value" else {}
@@ -126,9 +125,9 @@ def _kind(architecture: Architecture, values: Mapping[str, Any]) -> HeadKind:
 
 def _dtype(values: Mapping[str, Any]) -> WeightsType | None:
     name = values.get("dtype") or values.get("torch_dtype")
-    if name is not None and str(name) not in DTYPES:
-        raise ValueError(f"asks for dtype = {name}, and weights here are {', '.join(DTYPES)}")
-    return None if name is None else DTYPES[name]
+    if name is not None and str(name) not in BY_CONFIG:
+        raise ValueError(f"asks for dtype = {name}, and weights here are {', '.join(BY_CONFIG)}")
+    return None if name is None else BY_CONFIG[name].name
 
 
 def fresh_config(model: ModelConfig, ids: Mapping[str, int | list[int] | None]) -> Description:

@@ -15,8 +15,9 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from dsm_train.hf.dtypes import BY_FILE
+
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
-DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _LONGEST_HEADER = 100_000_000
 """Bytes; safetensors refuses longer ones too."""
 _CONVERT = (
@@ -54,7 +55,9 @@ def stored_tensors(folder: Path) -> dict[str, Stored]:
 
 def stored_dtypes(folder: Path) -> dict[str, torch.dtype]:
     """Read the types of a folder's tensors, of those that are read here."""
-    return {name: DTYPES[tensor.dtype] for name, tensor in stored_tensors(folder).items() if tensor.dtype in DTYPES}
+    return {
+        name: BY_FILE[tensor.dtype].torch for name, tensor in stored_tensors(folder).items() if tensor.dtype in BY_FILE
+    }
 
 
 def _placed(folder: Path) -> dict[str, str]:
@@ -119,8 +122,8 @@ def _num_bytes(described: Mapping[str, Any]) -> int:
     end = 0
     for name, tensor in sorted(described.items(), key=lambda item: item[1]["data_offsets"]):
         begin, stop = tensor["data_offsets"]
-        known = DTYPES.get(tensor["dtype"])
-        if begin != end or (known is not None and stop - begin != prod(tensor["shape"]) * known.itemsize):
+        known = BY_FILE.get(tensor["dtype"])
+        if begin != end or (known is not None and stop - begin != prod(tensor["shape"]) * known.torch.itemsize):
             raise ValueError(f"{name} lies elsewhere")
         end = stop
     return end
@@ -130,8 +133,8 @@ def check_tensor(name: str, stored: Stored, shape: tuple[int, ...]) -> None:
     """Raise `ValueError` for a tensor of another shape than the model's, or of a type that is not read."""
     if stored.shape != shape:
         raise ValueError(f"weight {name} in {stored.file} has shape {list(stored.shape)}, the model {list(shape)}")
-    if stored.dtype not in DTYPES:
-        raise ValueError(f"weight {name} in {stored.file} is {stored.dtype}, and {', '.join(DTYPES)} are read here")
+    if stored.dtype not in BY_FILE:
+        raise ValueError(f"weight {name} in {stored.file} is {stored.dtype}, and {', '.join(BY_FILE)} are read here")
 
 
 def check_tensors(

@@ -13,18 +13,19 @@ import torch
 
 from dsm_train.config import ModelConfig, require
 from dsm_train.hf.architectures import SUFFIXES, HeadKind
-from dsm_train.hf.config import Description, WeightsType, check_expressible, read_config
+from dsm_train.hf.config import Description, check_expressible, read_config
+from dsm_train.hf.dtypes import BY_FILE, WeightsType
 from dsm_train.hf.files import Reader, check_tensors, stored_tensors
 from dsm_train.hf.names import pieces
 
-CONFIG, GENERATION, OURS = "config.json", "generation_config.json", "dsm.json"
+CONFIG, GENERATION, TOKENIZER_NOTE = "config.json", "generation_config.json", "dsm.json"
 _FORMER = "model.json"
 _AS_GIVEN = ("layers", "attention", "dtype", "recompute", "logits_mib", "vocab_multiple", "max_length")
 _OF_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx")
 _IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+_ROWS = 4096
+"""Rows of a vocabulary's weights that are compared at once."""
 _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
-_MODEL_TYPES: Mapping[WeightsType, str] = {"fp32": "fp32", "bf16": "bf16", "fp16": "fp32"}
-"""Type that weights of each type are trained in."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,7 @@ class Pretrained:
         if "model.max_length" not in given:
             kept["max_length"] = saved.max_length
         if "model.dtype" not in given:
-            kept["dtype"] = _MODEL_TYPES[self.dtype()]
+            kept["dtype"] = "bf16" if self.dtype() == "bf16" else "fp32"
         return replace(saved, **kept)
 
     def dtype(self) -> WeightsType:
@@ -75,7 +76,7 @@ class Pretrained:
         if self.description.dtype is not None:
             return self.description.dtype
         first = next(iter(stored_tensors(self.folder).values()))
-        return {"BF16": "bf16", "F16": "fp16"}.get(first.dtype, "fp32")  # type: ignore[return-value]
+        return BY_FILE[first.dtype].name if first.dtype in BY_FILE else "fp32"
 
     def note(self, given: Collection[str]) -> str | None:
         """Say that weights are not trained in the type that they have."""
@@ -104,7 +105,7 @@ class Pretrained:
     def check_weights(self, kind: HeadKind) -> None:
         """Raise `ValueError` unless the files hold the model's weights, told from their headers.
 
-        A value head starts anew on weights with a language head; a language head does not.
+        A tied head's own tensor, if there is one, is compared with the embedding. A value head starts anew on weights with a language head; a language head does not.
         """
         description = self.description
         if kind == "language" and description.kind == "value":
@@ -142,13 +143,21 @@ def write_config(folder: Path, values: Mapping[str, Any], generation: bytes | No
 
 
 def _check_tied(folder: Path) -> None:
-    """Raise `ValueError` where a tied head has weights of its own: transformers would then not tie it."""
+    """Raise `ValueError` where a tied head has weights of its own: transformers would then not tie it.
+
+    Reads both, some rows at a time.
+    """
     with Reader(folder) as reader:
-        embedding, head = (reader.read(name, reader.tensors[name].shape, None, 0, 0) for name in (_EMBEDDING, _HEAD))
-        if embedding.dtype != head.dtype or not torch.equal(embedding, head):
-            raise ValueError(
-                f"{folder / CONFIG} has tie_word_embeddings = true, and {_HEAD} is not the embedding: set it to false"
-            )
+        embedding, head = reader.tensors[_EMBEDDING], reader.tensors[_HEAD]
+        same = embedding.dtype == head.dtype and embedding.shape == head.shape
+        for start in range(0, embedding.shape[0] if same else 0, _ROWS):
+            stop = min(start + _ROWS, embedding.shape[0])
+            rows, others = (reader.read(name, head.shape, 0, start, stop) for name in (_EMBEDDING, _HEAD))
+            same = same and torch.equal(rows, others)
+    if not same:
+        raise ValueError(
+            f"{folder / CONFIG} has tie_word_embeddings = true, and {_HEAD} is not the embedding: set it to false"
+        )
 
 
 def _read_json(path: Path) -> Mapping[str, Any]:
@@ -205,7 +214,7 @@ def check_tokenizer(folder: Path, rows: int, size: int, fingerprint: str) -> Non
             f"run.init: {folder} has weights for {rows} tokens, and the tokenizer {size}: use the tokenizer that lies "
             "beside the weights"
         )
-    path = folder / OURS
+    path = folder / TOKENIZER_NOTE
     if not path.is_file():
         return
     try:
@@ -254,4 +263,4 @@ def carry_over(source: Path, target: Path, without: Collection[str] = ()) -> Non
 def write_tokenizer_note(folder: Path, size: int, fingerprint: str) -> None:
     """Write down which tokenizer the weights were trained with."""
     note = {"tokenizer": {"vocab_size": size, "fingerprint": fingerprint}}
-    (folder / OURS).write_text(json.dumps(note, indent=2) + "\n")
+    (folder / TOKENIZER_NOTE).write_text(json.dumps(note, indent=2) + "\n")

@@ -17,7 +17,7 @@ from dsm_train.hf.architectures import HeadKind
 
 Part = Literal["whole", "query", "key", "value", "gate", "up"]
 _SPLIT = "VFQP"
-_LAYER, _OURS = "model.layers.{}.", "decoder.layers.{}."
+_LAYER, _MEGATRON_LAYER = "model.layers.{}.", "decoder.layers.{}."
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class _Row:
     """Row of the table: name in the file, name in Megatron, letters of the shape, and when there is such a tensor."""
 
     hf: str
-    ours: str
+    megatron: str
     shape: str
     part: Part = "whole"
     flag: str = ""
@@ -65,7 +65,7 @@ class Piece:
     """A tensor of the folder: the part of a Megatron weight that it is."""
 
     hf: str
-    ours: str
+    megatron: str
     part: Part
     shape: tuple[int, ...]
     """Whole shape, without padding of the vocabulary."""
@@ -105,13 +105,13 @@ def _pieces(model: ModelConfig, kind: HeadKind) -> Iterator[Piece]:
     for layer in range(model.num_layers):
         for row in _LAYERS:
             if not row.flag or getattr(model, row.flag):
-                yield _piece(row, model, _LAYER.format(layer), _OURS.format(layer))
+                yield _piece(row, model, _LAYER.format(layer), _MEGATRON_LAYER.format(layer))
     yield _piece(_NORM, model)
     if kind == "value" or not model.tied_head:
         yield _piece(_HEADS[kind], model)
 
 
-def _piece(row: _Row, model: ModelConfig, prefix: str = "", ours: str = "") -> Piece:
+def _piece(row: _Row, model: ModelConfig, prefix: str = "", megatron: str = "") -> Piece:
     assert model.vocab_size is not None, "it is filled from the tokenizer before there are weights"
     sizes = {
         "1": 1,
@@ -124,7 +124,7 @@ def _piece(row: _Row, model: ModelConfig, prefix: str = "", ours: str = "") -> P
     }
     return Piece(
         prefix + row.hf,
-        ours + row.ours,
+        megatron + row.megatron,
         row.part,
         tuple(sizes[letter] for letter in row.shape),
         next((dim for dim, letter in enumerate(row.shape) if letter in _SPLIT), None),

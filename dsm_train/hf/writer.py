@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
@@ -14,13 +14,11 @@ from typing import BinaryIO
 import torch
 from torch import Tensor
 
-from dsm_train.hf.config import WeightsType
-from dsm_train.hf.files import DTYPES, INDEX, WEIGHTS
+from dsm_train.hf.dtypes import BY_TORCH
+from dsm_train.hf.files import INDEX, WEIGHTS
 
 SHARD_BYTES = 5 * 10**9
 """Largest file, unless one tensor is larger: the size that most published folders have."""
-TYPES: Mapping[WeightsType, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 @dataclass(frozen=True)
@@ -45,7 +43,7 @@ class Shard:
     entries: tuple[Entry, ...]
 
 
-def shards(entries: Sequence[Entry], most_bytes: int = SHARD_BYTES) -> list[Shard]:
+def split_files(entries: Sequence[Entry], most_bytes: int = SHARD_BYTES) -> list[Shard]:
     """Share tensors out to files, in their order; in a file those of wide types come first, so that all are aligned."""
     parts: list[list[Entry]] = [[]]
     for entry in entries:
@@ -66,7 +64,7 @@ def write_shard(folder: Path, shard: Shard, value: Callable[[Entry], Tensor | No
     end = 0
     for entry in shard.entries:
         begin, end = end, end + entry.num_bytes
-        header[entry.name] = {"dtype": _NAMES[entry.dtype], "shape": entry.shape, "data_offsets": [begin, end]}
+        header[entry.name] = {"dtype": BY_TORCH[entry.dtype].file, "shape": entry.shape, "data_offsets": [begin, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     with (folder / shard.file).open("wb") as file:

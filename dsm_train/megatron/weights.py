@@ -21,7 +21,7 @@ from dsm_train.config import ModelConfig
 from dsm_train.hf.architectures import HeadKind
 from dsm_train.hf.files import Reader
 from dsm_train.hf.names import Piece, pieces
-from dsm_train.hf.writer import SHARD_BYTES, Entry, shards, write_index, write_shard
+from dsm_train.hf.writer import SHARD_BYTES, Entry, split_files, write_index, write_shard
 from dsm_train.megatron.heads import HeadSpec, ValueLayer
 from dsm_train.megatron.model import HiddenGPTModel, build_model
 from dsm_train.megatron.parallel import Parallel
@@ -235,7 +235,7 @@ def _parts(model: ModelConfig, kind: HeadKind) -> dict[str, list[Piece]]:
     """List the tensors of the file that make up each weight."""
     parts: dict[str, list[Piece]] = {}
     for piece in pieces(model, kind):
-        parts.setdefault(piece.ours, []).append(piece)
+        parts.setdefault(piece.megatron, []).append(piece)
     if kind == "language" and model.tied_head:  # the copy of a tied head where the head is
         parts["output_layer.weight"] = parts["embedding.word_embeddings.weight"]
     return parts
@@ -269,24 +269,24 @@ def save_weights(
     if parallel.dp_rank > 0:
         return
     whole = {piece.hf: piece for piece in pieces(model, kind)}
-    held, stages = dict(named_weights(chunks)), parallel.groups.pp
-    holders: list[set[str]] = [set()] * stages.size()
-    dist.all_gather_object(holders, held.keys() & {piece.ours for piece in whole.values()}, group=stages)
+    held, pipeline = dict(named_weights(chunks)), parallel.groups.pp
+    holders: list[set[str]] = [set()] * pipeline.size()
+    dist.all_gather_object(holders, held.keys() & {piece.megatron for piece in whole.values()}, group=pipeline)
     types = dtype if isinstance(dtype, Mapping) else dict.fromkeys(whole, dtype)
-    written = shards([Entry(name, piece.shape, types[name]) for name, piece in whole.items()], shard_bytes)
+    files = split_files([Entry(name, piece.shape, types[name]) for name, piece in whole.items()], shard_bytes)
 
     def value(entry: Entry) -> Tensor | None:
         piece = whole[entry.name]
-        return _to_main(piece, held.get(piece.ours), entry.dtype, holders, parallel)
+        return _to_main(piece, held.get(piece.megatron), entry.dtype, holders, parallel)
 
-    for shard in written:
+    for file in files:
         if parallel.is_main:
-            write_shard(folder, shard, value)
+            write_shard(folder, file, value)
         else:
-            for entry in shard.entries:
+            for entry in file.entries:
                 value(entry)
     if parallel.is_main:
-        write_index(folder, written)
+        write_index(folder, files)
 
 
 def _to_main(
@@ -295,7 +295,7 @@ def _to_main(
     """Gather a tensor over its tensor-parallel ranks to the first, which sends it to the main rank; bytes travel."""
     parallel.watchdog.beat()
     groups = parallel.groups
-    holder = next(place for place, names in enumerate(holders) if piece.ours in names)
+    holder = next(place for place, names in enumerate(holders) if piece.megatron in names)
     value = None
     if groups.pp.rank() == holder:
         assert parameter is not None

@@ -10,9 +10,10 @@ import torch
 from dsm_train.cli import user_errors
 from dsm_train.config import ModelConfig
 from dsm_train.configs import ConvertConfig
+from dsm_train.hf.dtypes import BY_NAME
 from dsm_train.hf.files import stored_dtypes
 from dsm_train.hf.folder import Pretrained
-from dsm_train.hf.writer import TYPES, appearing
+from dsm_train.hf.writer import appearing
 from dsm_train.megatron import parallel, weights
 from dsm_train.megatron.heads import HeadSpec
 from dsm_train.megatron.model import padded_vocab
@@ -29,7 +30,7 @@ def convert(config: ConvertConfig) -> None:
         parallel.set_threads(config.run.threads)
         ranks = parallel.start(config.parallel, config.run.seed)
     wanted = config.run.weights_dtype
-    dtype = stored if wanted is None else TYPES[wanted]
+    dtype = stored if wanted is None else BY_NAME[wanted].torch
     kind = source.description.kind
     with ranks.watchdog.failures(), appearing(out, ranks.is_main) as folder:
         chunks = ModelSpec(model, HeadSpec.of(model, kind), init).chunks(ranks)

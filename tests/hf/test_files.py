@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from dsm_train.hf.files import INDEX, Reader, check_tensors, stored_tensors
-from dsm_train.hf.writer import Entry, appearing, shards, write_index, write_shard
+from dsm_train.hf.writer import Entry, appearing, split_files, write_index, write_shard
 
 TENSORS = {
     "a": torch.arange(12.0).view(3, 4),
@@ -28,7 +28,7 @@ SHAPES = {name: tuple(value.shape) for name, value in TENSORS.items()}
 
 def write(folder: Path, tensors: dict[str, Tensor], most_bytes: int) -> None:
     """Write as a run does."""
-    written = shards([Entry(name, tuple(value.shape), value.dtype) for name, value in tensors.items()], most_bytes)
+    written = split_files([Entry(name, tuple(value.shape), value.dtype) for name, value in tensors.items()], most_bytes)
     for shard in written:
         write_shard(folder, shard, lambda entry: tensors[entry.name])
     write_index(folder, written)
@@ -191,7 +191,7 @@ def test_what_old_and_tied_files_hold_besides_is_no_error(tmp_path: Path) -> Non
 
 def test_other_types_are_refused(tmp_path: Path) -> None:
     save_file({"a": torch.ones(2, dtype=torch.float8_e4m3fn)}, tmp_path / "model.safetensors")
-    with pytest.raises(ValueError, match="weight a in .* is F8_E4M3, and F32, F16, BF16 are read here"):
+    with pytest.raises(ValueError, match="weight a in .* is F8_E4M3, and F32, BF16, F16 are read here"):
         check_tensors(tmp_path, stored_tensors(tmp_path), {"a": (2,)})
 
 

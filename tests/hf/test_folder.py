@@ -122,7 +122,8 @@ def test_a_missing_folder_is_named(tmp_path: Path) -> None:
         Pretrained.of(tmp_path / "nowhere")
 
 
-def test_weights_are_checked_against_their_description(tmp_path: Path) -> None:
+def test_weights_are_checked_against_their_description(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dsm_train.hf.folder._ROWS", 2)
     Pretrained.of(make_folder(tmp_path)).check_weights("language")
     with pytest.raises(ValueError, match=r"run.init: weight .*gate_proj.weight in .* \[24, 16\], the model \[32, 16\]"):
         Pretrained.of(make_folder(tmp_path, intermediate_size=32)).check_weights("language")
