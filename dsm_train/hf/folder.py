@@ -105,7 +105,8 @@ class Pretrained:
     def check_weights(self, kind: HeadKind) -> None:
         """Raise `ValueError` unless the files hold the model's weights, told from their headers.
 
-        A tied head's own tensor, if there is one, is compared with the embedding. A value head starts anew on weights with a language head; a language head does not.
+        A tied head's own tensor, if there is one, is compared with the embedding. A value head starts anew on weights
+        with a language head; a language head does not.
         """
         description = self.description
         if kind == "language" and description.kind == "value":
