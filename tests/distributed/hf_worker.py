@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
+import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.profiler import ProfilerActivity, profile
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from dsm_train.config import ParallelConfig
 from dsm_train.hf.files import stored_dtypes
@@ -81,18 +82,40 @@ def run(folder: Path, layout: Parallel, out: Path) -> dict[str, object]:
     return result
 
 
-def peak_of(call: Callable[[], object], folder: Path) -> int:
-    """Trace what torch allocates on the CPU during a call, in bytes at once.
+class Peak(TorchDispatchMode):
+    """Most bytes at once of the tensors that are made in its scope; files of `folder`, mapped into memory, are none.
 
-    The files of `folder` are mapped into memory, which the trace counts as well: these are left out.
+    Not by torch.profiler, whose threads the ranks would be forked with.
     """
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as trace:
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__()
+        self._mapped = {file.stat().st_size for file in folder.glob("*.safetensors")}
+        self._held: dict[int, int] = {}
+        self.num_bytes = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Call the operator, and count what it allocates until that is freed."""
+        given = {storage._cdata for storage in _storages((args, kwargs))}
+        result = func(*args, **(kwargs or {}))
+        for storage in _storages(result):
+            key, size = storage._cdata, storage.nbytes()
+            if key not in given and key not in self._held and size not in self._mapped:
+                self._held[key] = size
+                weakref.finalize(storage, self._held.pop, key)
+        self.num_bytes = max(self.num_bytes, sum(self._held.values()))
+        return result
+
+
+def _storages(values: Any) -> list[torch.UntypedStorage]:
+    return [value.untyped_storage() for value in tree_leaves(values) if isinstance(value, torch.Tensor)]
+
+
+def peak_of(call: Callable[[], object], folder: Path) -> int:
+    """Measure what torch allocates during a call, in bytes at once."""
+    with Peak(folder) as peak:
         call()
-    mapped = {file.stat().st_size for file in folder.glob("*.safetensors")}
-    events: list[Any] = trace.profiler.kineto_results.events()  # type: ignore[union-attr]
-    records = sorted((event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]")
-    allocated = [num_bytes for _, num_bytes in records if abs(num_bytes) not in mapped]
-    return max(itertools.accumulate(allocated), default=0)
+    return peak.num_bytes
 
 
 def main(rank: int, world: int, store: dist.Store, out: Path, *folders: str) -> None:

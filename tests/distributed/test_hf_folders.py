@@ -89,6 +89,8 @@ def make_folder(name: str, folder: Path) -> Any:
     with torch.no_grad():
         for key, parameter in model.named_parameters():  # an initial scale of 0.3 keeps the tokens' logits well apart
             parameter.normal_(1.0 if "norm" in key else 0.0, 0.1 if "norm" in key else 0.3)
+            parameter.view(-1)[0] = -0.0  # a zero that has a sign to keep
+        model.model.norm.weight.mul_(0.3)  # logits of order 1, to which 1e-5 is an absolute bound
     model.to(dtype).save_pretrained(folder, max_shard_size="40KB")
     return auto.from_pretrained(folder, dtype=torch.float64, attn_implementation="eager")
 
@@ -109,7 +111,7 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("name", MODELS)
 def test_outputs_are_transformers(name: str, layout: str, written: dict[str, Any]) -> None:
-    """Logits over all rows of the vocabulary, and values of a value head."""
+    """Logits over all rows of the vocabulary, of order 1 (1 to 4 at most), to 1e-5 absolute; so values."""
     model = written["models"][name]
     with torch.no_grad():
         hidden = torch.cat([model.model(token[None]).last_hidden_state[0] for token in tokens()])
@@ -117,7 +119,8 @@ def test_outputs_are_transformers(name: str, layout: str, written: dict[str, Any
     outputs = [rank[name]["outputs"] for rank in written["results"][layout] if "outputs" in rank[name]]
     assert len(outputs) == LAYOUTS[layout][1].tp and outputs[0].shape == expected.shape
     for output in outputs:
-        assert float((output.detach() - expected).abs().max() / expected.abs().max()) < 1e-5
+        assert 1 < float(expected.abs().max()) < 4
+        assert float((output.detach() - expected).abs().max()) < 1e-5
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -126,7 +129,8 @@ def test_import_then_export_gives_every_tensor_back_to_the_bit(name: str, layout
     before, after = (tensors(written["out"] / place / name) for place in ("in", layout))
     assert before.keys() == after.keys() and len(before) > 10
     for key, value in before.items():
-        assert value.dtype == after[key].dtype and torch.equal(value, after[key]), key
+        same = value.dtype == after[key].dtype and value.shape == after[key].shape
+        assert same and torch.equal(value.view(torch.uint8), after[key].view(torch.uint8)), key
     assert len(list((written["out"] / layout / name).glob("*.safetensors"))) > 1
     assert all(rank[name]["intact"] for rank in written["results"][layout])  # writing changes nothing
 
@@ -156,9 +160,14 @@ def test_the_exported_folder_generates_the_same_tokens(
             assert all(rank[name]["greedy"][number] == expected for rank in ranks)
 
 
-def test_a_value_head_gives_the_same_values_in_transformers(written: dict[str, Any]) -> None:
-    """The class pools the last token's value."""
-    model = AutoModelForSequenceClassification.from_pretrained(written["out"] / "tp2_pp2" / "value")
+def test_a_value_head_gives_the_same_values_in_transformers(
+    written: dict[str, Any], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The class pools the last token's value; it loads without a warning."""
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    folder = written["out"] / "tp2_pp2" / "value"
+    model, info = AutoModelForSequenceClassification.from_pretrained(folder, output_loading_info=True)  # type: ignore[misc]
+    assert not any(info.values()) and not caplog.records, (info, caplog.text)
     assert model.config.num_labels == 1
     outputs = next(rank["value"]["outputs"] for rank in written["results"]["tp2"])
     last = torch.tensor(LENGTHS).cumsum(0) - 1

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -57,6 +59,20 @@ def test_every_tensor_and_what_lies_beside_them_stays(ranks: int, folder: Path, 
     assert json.loads((out / "config.json").read_text()) == json.loads((folder / "config.json").read_text())
     files = list(out.glob("*.safetensors"))
     assert len(files) > 2 and max(file.stat().st_size for file in files) < 25_000
+
+
+@pytest.mark.gpu
+def test_gpus_read_and_write_the_same_tensors(folder: Path, tmp_path: Path) -> None:
+    """Over NCCL, with device tensors; one GPU has nobody to talk to, and still copies from and to its memory."""
+    ranks = next(number for number in (4, 2, 1) if number <= torch.cuda.device_count())
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+    stage = ["-m", "dsm_train", "convert", f"run.init={folder}", f"run.out={tmp_path / 'out'}", "shard_gb=2e-5"]
+    layout = [f"parallel.tp={min(ranks, 2)}", f"parallel.pp={max(1, ranks // 2)}"]
+    done = subprocess.run([*launcher, *stage, *layout], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    before, after = tensors(folder), tensors(tmp_path / "out")
+    assert before.keys() == after.keys()
+    assert all(torch.equal(after[name], value) and after[name].dtype == value.dtype for name, value in before.items())
 
 
 def test_another_type_is_written_and_named(folder: Path, tmp_path: Path) -> None:
