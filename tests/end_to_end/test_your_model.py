@@ -36,6 +36,13 @@ def test_the_commands_of_the_page_train_a_folder_and_transformers_loads_the_resu
     assert ours and theirs.removesuffix("<|im_end|>").strip() == ours  # theirs shows the end token, if there is one
 
 
+def test_the_lines_that_the_page_quotes_are_those_that_are_said() -> None:
+    files = [*(ROOT / "dsm_train").rglob("*.py")]
+    said = "\n".join(re.sub(r'"\s+f?"', "", file.read_text(encoding="utf-8")) for file in files)
+    quoted = re.findall(r"^\| `(.*?)`", PAGE.split("## If it is refused", 1)[1], re.MULTILINE)
+    assert len(quoted) > 5 and [phrase for phrase in quoted if phrase.removesuffix("...") not in said] == []
+
+
 def _answers(printed: str) -> list[str]:
     """Answers that `generate` and `use_it.py` printed, each from the first turn on; training shows a prompt before."""
     return printed.split("<|im_start|>user")[-2:]
