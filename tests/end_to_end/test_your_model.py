@@ -20,6 +20,8 @@ def test_the_commands_of_the_page_train_a_folder_and_transformers_loads_the_resu
         (tmp_path / block.split()[1]).write_text(block)  # the first line names the file
     (tmp_path / "recipes").symlink_to(ROOT / "recipes")
     write_gsm8k(tmp_path / "train.jsonl", 50)
+    (tmp_path / "models" / "tiny").mkdir(parents=True)
+    (tmp_path / "models" / "tiny" / "LICENSE").write_text("free")
     (script,) = re.findall(r"```sh\n(.*?)```", ON_A_CPU, re.DOTALL)
     # As in an activated environment: the names `python` and `dsm-train` are this checkout's.
     names = f'set -e\npython() {{ {sys.executable} "$@"; }}\ndsm-train() {{ {sys.executable} -m dsm_train "$@"; }}\n'
@@ -28,6 +30,7 @@ def test_the_commands_of_the_page_train_a_folder_and_transformers_loads_the_resu
         ["bash", "-c", names + script], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=600
     )
     assert done.returncode == 0, done.stderr
+    assert (tmp_path / "runs" / "tiny" / "weights" / "LICENSE").read_text() == "free"
     rows = [row for row in metrics(tmp_path / "runs" / "tiny") if "reward" in row]
     assert len(rows) == 20
     first, last = (sum(row["reward"] for row in part) / 3 for part in (rows[:3], rows[-3:]))
