@@ -74,7 +74,8 @@ def prepare(config: ConfigT, sampling: SamplingConfig | None) -> tuple[ConfigT, 
     config = replace(config, model=with_vocabulary(config.model, source, tokenizer.vocab_size, tokenizer.fingerprint()))
     check_layout(config)
     try_rewards(config, tasks, grader)
-    notes = [source.note(config.given) if source is not None else None, *tasks.notes]
+    notes = [] if source is None else [source.note(config.given), source.stops_note(tokenizer.stop_ids)]
+    notes += tasks.notes
     tasks, said = usable(config, sampling, tasks, format, grader)
     order = order_of([task.file for task in tasks.train], config.run.seed, config.data.weights)
     course = None if config.supervised is None else plan(config, config.supervised, tasks, format)
