@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import importlib
+import inspect
 import os
 import signal
 import sys
@@ -61,11 +62,29 @@ def _load(call: str, folders: Sequence[str]) -> Callable[..., Any] | Failed:
         if found is None:
             functions = [key for key, value in vars(home).items() if callable(value) and not key.startswith("_")]
             place = getattr(sys.modules[module_name], "__file__", None) or "without a file"
-            has = f"it has {', '.join(functions[:8])}" if functions else "it has no function"
+            shown = ", ".join([*functions[:8], *(["..."] if len(functions) > 8 else [])])
+            has = f"it has {shown}" if functions else "it has no function"
             return Failed(f"module {module_name} ({place}) has no {attribute}: {has}")
     if not callable(found):
         return Failed(f"{call} is no function, but of type {type(found).__name__}")
-    return found
+    return found if (wrong := _wrong_signature(found)) is None else Failed(wrong)
+
+
+def _wrong_signature(function: Callable[..., Any]) -> str | None:
+    """Say why a function cannot be called on completions and tasks; None where it can, or where nobody knows."""
+    if inspect.iscoroutinefunction(function) or inspect.isasyncgenfunction(function):
+        return "must be f(completions, tasks); got async def"
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):  # some functions written in C have none
+        return None
+    names = (*signature.parameters, "", "")[:2]
+    try:
+        signature.bind([], [])
+        others = names[0] == "prompts" or names[1] in ("prompts", "completions")  # another library's order
+    except TypeError:
+        others = True
+    return f"must be f(completions, tasks); got f{signature}" if others else None
 
 
 def _call(function: Callable[..., Any], arguments: Sequence[Any], folders: Sequence[str]) -> Returned | Failed:

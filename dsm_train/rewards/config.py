@@ -32,6 +32,8 @@ class RewardFunction:
         require((self.name is None) != (self.call is None), "name", "given or call, one of the two", both)
         if self.call is not None:
             module, colon, function = self.call.partition(":")
+            written = f"module:function: write {module.removesuffix('.py')}:{function}"
+            require(not module.endswith(".py"), "call", written, self.call)
             named = colon and all(part.isidentifier() for part in (*module.split("."), *function.split(".")))
             require(bool(named), "call", "module:function, such as my_rewards:length_penalty", self.call)
         require(math.isfinite(self.weight), "weight", "finite", self.weight)
@@ -59,7 +61,7 @@ class RewardConfig:
     """Time limit of a call of a user's function, which takes a whole batch of responses; it is stopped for certain."""
 
     def __post_init__(self) -> None:
-        require(bool(self.functions), "functions", "at least one", "none")
+        require(bool(self.functions), "functions", "a list of at least one function", [])
         labels = [function.label for function in self.functions]
         for label in labels:
             rule = "functions of different names: they name the metrics"

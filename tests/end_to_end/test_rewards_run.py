@@ -129,6 +129,7 @@ def test_a_function_that_fails_in_training_is_told_of_and_the_run_goes_on(mine: 
         ("{call: nowhere:f}", ["nowhere:f: no module nowhere: looked in"]),
         ("{call: mine:short}", ["mine:short: returned 1 values for 2 completions"]),
         ("{call: mine}", ["item 1 of rewards.functions: call must be module:function", "got mine"]),
+        ("{call: mine.py:length}", ["functions: call must be module:function: write mine:length; got mine.py:length"]),
         ("{name: numerical}", ["item 1 of rewards.functions: name: expected one of numeric, format", "'numerical'"]),
         ("{call: mine:length, weigth: 1}", ["item 1 of rewards.functions: unknown key 'weigth'", "'weight'"]),
         ("numeric", ["expected a list [{name: NAME, call: CALL, weight: WEIGHT}, ...]", "'[numeric]'"]),

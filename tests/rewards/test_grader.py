@@ -162,7 +162,7 @@ def test_the_names_of_the_configuration_are_those_of_the_table() -> None:
 @pytest.mark.parametrize(
     ("functions", "message"),
     [
-        ((), "functions must be at least one; got none"),
+        ((), "functions must be a list of at least one function; got []"),
         ((NUMERIC, NUMERIC), "functions must be functions of different names: they name the metrics; got numeric"),
         ((NUMERIC, RewardFunction(call="m:std")), "functions must be functions of different names: they name the"),
         ((RewardFunction("format", weight=0),), "functions must be weighted other than 0, one at least"),

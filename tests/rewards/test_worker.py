@@ -90,6 +90,12 @@ class Checker:
 
 value = 3
 """
+OTHERS = """
+def first(prompts, completions, **kw): return [0] * len(completions)
+def second(completions, prompts=None, **kw): return [0] * len(completions)
+def named(completions, *, tasks): return [0] * len(completions)
+async def later(completions, tasks): return [0] * len(completions)
+"""
 EXIT, RAISE = (
     MINE.splitlines().index(line) + 1 for line in ('    sys.exit("enough")', '    raise KeyError("two\\nlines")')
 )
@@ -101,6 +107,7 @@ def folder(tmp_path: Path) -> Path:
     (tmp_path / "mine.py").write_text(MINE)
     (tmp_path / "broken.py").write_text("x = 1\nreturn x\n")
     (tmp_path / "needy.py").write_text("import of_nobody\n")
+    (tmp_path / "others.py").write_text(OTHERS)
     (tmp_path / "wrong.py").write_text("import os\n\nos.nothing\n")
     return tmp_path
 
@@ -201,6 +208,7 @@ def test_a_closed_worker_has_no_process_and_starts_again(worker: Worker) -> None
         ("nowhere:f", "no module nowhere: looked in {folder} and the installed packages"),
         ("nowhere.inside:f", "no module nowhere: looked in"),
         ("mine:missing", "module mine ({folder}/mine.py) has no missing: it has process, loop, backtrack"),
+        ("mine:missing", "ends, crashes, ..."),
         ("mine:value", "mine:value is no function, but of type int"),
         ("mine:Checker.nothing", "has no Checker.nothing: it has score"),
         ("broken:f", "{folder}/broken.py:2: SyntaxError: 'return' outside function"),
@@ -208,7 +216,11 @@ def test_a_closed_worker_has_no_process_and_starts_again(worker: Worker) -> None
         ("wrong:f", "{folder}/wrong.py:3: AttributeError: module 'os' has no attribute 'nothing'"),
         ("mine:one", "returned 1 values for 2 completions"),
         ("mine:leaves", f"{{folder}}/mine.py:{EXIT}: SystemExit: enough"),
-        ("json:dumps", "TypeError: dumps() takes 1 positional argument but 2 were given"),
+        ("json:dumps", "must be f(completions, tasks); got f(obj, *, skipkeys=False"),
+        ("others:first", "must be f(completions, tasks); got f(prompts, completions, **kw)"),
+        ("others:second", "must be f(completions, tasks); got f(completions, prompts=None, **kw)"),
+        ("others:named", "must be f(completions, tasks); got f(completions, *, tasks)"),
+        ("others:later", "must be f(completions, tasks); got async def"),
     ],
 )
 def test_functions_are_tried_before_they_are_needed(called: str, reason: str, folder: Path) -> None:
