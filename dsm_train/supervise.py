@@ -46,7 +46,7 @@ def supervise(
                 if len(course.heldout):
                     values["heldout_loss"] = mean_loss(model, course.heldout, packer, parallel)
                 if watched:
-                    values["heldout_accuracy"] = evaluator.greedy_accuracy(watched)
+                    values["heldout_accuracy"] = evaluator.greedy_accuracy(watched, loop.say)
             loop.log(values, shown=SHOWN)
     return values
 

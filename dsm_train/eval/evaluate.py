@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from math import comb
 
@@ -18,6 +18,9 @@ from dsm_train.rollout.config import SamplingConfig
 from dsm_train.rollout.engine import RolloutEngine
 from dsm_train.rollout.grading import verdicts
 from dsm_train.types import Prompt
+
+BATCH = 256
+"""Most responses that reward functions are asked about at once: a batch of training's size meets its time limit."""
 
 
 @dataclass(frozen=True)
@@ -43,17 +46,24 @@ class Evaluator:
     sampling: SamplingConfig
     grader: Grader
 
-    def greedy(self, tasks: Sequence[Task]) -> Greedy:
-        """Judge the greedy response to each task, over all data-parallel replicas. Collective."""
+    def greedy(self, tasks: Sequence[Task], say: Callable[[str], None]) -> Greedy:
+        """Judge the greedy response to each task, of all replicas; say how many cannot be judged. Collective."""
         graded = self._graded(tasks, 1, replace(self.sampling, temperature=0.0, top_p=1.0, top_k=0))
         judged = [verdict.reward for _, verdict in graded if not math.isnan(verdict.reward)]
         counted = [i for i, function in enumerate(self.grader.config.functions) if function.weight]
         failed = [float(any(math.isnan(verdict.parts[i]) for i in counted)) for _, verdict in graded]
-        return Greedy(self._mean([float(v.correct) for _, v in graded]), self._mean(judged), self._mean(failed))
+        greedy = Greedy(self._mean([float(v.correct) for _, v in graded]), self._mean(judged), self._mean(failed))
+        if greedy.no_verdict:
+            trouble = self.trouble()
+            say(
+                f"evaluation: {greedy.no_verdict:.1%} of the responses got no verdict, and count as wrong where the "
+                "first reward function gave none" + (f"; the last failure: {trouble}" if trouble else "")
+            )
+        return greedy
 
-    def greedy_accuracy(self, tasks: Sequence[Task]) -> float:
+    def greedy_accuracy(self, tasks: Sequence[Task], say: Callable[[str], None]) -> float:
         """Measure the share of tasks whose greedy response is correct. Collective."""
-        return self.greedy(tasks).accuracy
+        return self.greedy(tasks, say).accuracy
 
     def trouble(self) -> str | None:
         """Find a rank's last reason why a reward function gave a whole batch no verdict. Collective."""
@@ -76,7 +86,13 @@ class Evaluator:
         prompts = [Prompt(task.id, self.format.prompt(task)) for task in mine]
         # No training step has this number, so evaluation never shares its random numbers with training.
         rollouts = self.engine.generate(prompts, num_samples, sampling, step=-1)
-        graded = verdicts(rollouts, mine, self.tokenizer, self.grader, self.parallel)
+        rows = BATCH // num_samples * num_samples or num_samples  # the samples of a task stay side by side
+        most = -(-len(tasks) // self.parallel.dp_size) * num_samples  # a replica may have a task less than another
+        graded: list[Verdict] = []
+        for first in range(0, most, rows):
+            batch = range(min(first, len(mine) * num_samples), min(first + rows, len(mine) * num_samples))
+            graded += verdicts(rollouts, mine, self.tokenizer, self.grader, self.parallel, batch)
+            self.parallel.gather_over_data(None)  # replicas wait for each other's batch, never for all batches
         return list(zip(rollouts.sequences.prompt_of_response_S.tolist(), graded, strict=True))
 
     def _mean(self, values: Sequence[float]) -> float:

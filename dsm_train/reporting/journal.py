@@ -67,7 +67,7 @@ class Journal:
         if self.record is not None and self.record_step in (0, number):
             write_rollouts(self._record_of(number), rollouts, self.parallel)
         if self.every and number % self.every == 0 and number < self.steps:
-            values["heldout_accuracy"] = self.evaluator.greedy_accuracy(self.heldout)
+            values["heldout_accuracy"] = self.evaluator.greedy_accuracy(self.heldout, loop.say)
         loop.log(values, tokens=int(sequence_lengths(rollouts.sequences).sum()), shown=SHOWN)
         samples = read_samples(rollouts, tasks, self.tokenizer, self.evaluator.format, config.labels, count=4)
         self.samples.log(number, samples)

@@ -23,20 +23,27 @@ from dsm_train.types import Rollouts
 
 
 def verdicts(
-    rollouts: Rollouts, tasks: Sequence[Task], tokenizer: Tokenizer, grader: Grader, parallel: Parallel
+    rollouts: Rollouts,
+    tasks: Sequence[Task],
+    tokenizer: Tokenizer,
+    grader: Grader,
+    parallel: Parallel,
+    batch: range | None = None,
 ) -> list[Verdict]:
-    """Judge every response of this replica: `tasks[p]` is the task of prompt p. Collective.
+    """Judge every response of this replica, or those in `batch`: `tasks[p]` is the task of prompt p. Collective.
 
     One rank of the replica grades and tells the others: functions of the user's need not say the same twice.
     """
     graded: list[Verdict] = []
     if parallel.is_replica_main:
         sequences = rollouts.sequences
+        batch = range(sequences.num_responses) if batch is None else batch
+        prompt_of_response_S, finished_S = sequences.prompt_of_response_S.tolist(), rollouts.finished_S.tolist()
         with parallel.watchdog.paused():  # functions of the user's have a time limit of their own
             graded = grader.grade(
-                [tokenizer.decode(sequences.response(s).tolist()) for s in range(sequences.num_responses)],
-                [tasks[p] for p in sequences.prompt_of_response_S.tolist()],
-                rollouts.finished_S.tolist(),
+                [tokenizer.decode(sequences.response(s).tolist()) for s in batch],
+                [tasks[prompt_of_response_S[s]] for s in batch],
+                [finished_S[s] for s in batch],
             )
     return parallel.object_from_replica_main(graded)
 

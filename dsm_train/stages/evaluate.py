@@ -28,12 +28,10 @@ def evaluate(config: EvaluateConfig) -> None:
         model = Model.build(job.language_model(), job.parallel)
         engine = EmbeddedEngine(model, tokenizer.stop_ids, config.run.seed)
         evaluator = Evaluator(engine, tokenizer, questions.format, job.parallel, config.sampling, questions.grader)
-        greedy = evaluator.greedy(heldout)
+        greedy = evaluator.greedy(heldout, job.say)
         result: dict[str, Any] = {"tasks": len(heldout), "greedy_accuracy": greedy.accuracy, "reward": greedy.reward}
         if greedy.no_verdict:
             result["no_verdict"] = greedy.no_verdict
-            if (trouble := evaluator.trouble()) is not None:
-                job.say(f"a reward function failed: {trouble}")
         if config.eval.samples:
             result["pass_at_k"] = evaluator.pass_at_k(heldout, config.eval.samples)
         job.say(json.dumps(json_safe(result)))

@@ -44,25 +44,30 @@ def train_grpo(config: GrpoConfig) -> None:
             learnt = {
                 "warmup_examples": len(course.examples),
                 "train_tasks": len(questions.tasks.train),
-                "warmup_accuracy_on_examples": evaluator.greedy_accuracy(course.examples.tasks[: len(heldout)]),
+                "warmup_accuracy_on_examples": evaluator.greedy_accuracy(
+                    course.examples.tasks[: len(heldout)], job.say
+                ),
                 "warmup_seconds": job.seconds(),
             }
             policy.restart(config.optim, updates)
-        before = evaluator.greedy_accuracy(heldout)
-        job.metrics.log(0, "grpo", {"heldout_accuracy": before})
+        before = evaluator.greedy(heldout, job.say)
+        job.metrics.log(0, "grpo", {"heldout_accuracy": before.accuracy})
         reference = policy.frozen_copy() if algo.has_reference else None
         reinforce(job, questions, algo, policy, reference, engine, journal(job, questions, algo, evaluator))
         seconds = job.seconds()
-        after = evaluator.greedy_accuracy(heldout)
-        job.metrics.log(config.steps, "grpo", {"heldout_accuracy": after})
+        after = evaluator.greedy(heldout, job.say)
+        job.metrics.log(config.steps, "grpo", {"heldout_accuracy": after.accuracy})
+        if before.no_verdict or after.no_verdict:
+            learnt |= {"no_verdict_before": before.no_verdict, "no_verdict_after": after.no_verdict}
         if config.eval.samples:
             learnt["pass_at_k"] = evaluator.pass_at_k(heldout, config.eval.samples)
         engine.close()
         job.save(policy, tokenizer)
         if job.parallel.is_main:
-            write_report(job.out, Report(before, after, seconds, learnt))
+            write_report(job.out, Report(before.accuracy, after.accuracy, seconds, learnt))
             learning_curve(job.out / "metrics.jsonl", job.out / "curve.png")
-        job.say(f"held-out accuracy {before:.3f} before GRPO, {after:.3f} after, {seconds:.0f} s: {job.out}")
+        accuracy = f"{before.accuracy:.3f} before GRPO, {after.accuracy:.3f} after"
+        job.say(f"held-out accuracy {accuracy}, {seconds:.0f} s: {job.out}")
 
 
 def journal(job: Job[GrpoConfig], questions: Questions, algo: Algorithm, evaluator: Evaluator) -> Journal:

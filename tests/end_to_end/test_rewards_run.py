@@ -94,7 +94,7 @@ def test_a_first_function_says_what_is_correct(mine: Path, capsys: Capsys) -> No
     run("eval", *init, functions("{call: mine:late}"))
     *_, said, result = capsys.readouterr().out.splitlines()
     assert json.loads(result) == {"tasks": 12, "greedy_accuracy": 0.0, "reward": None, "no_verdict": 1.0}
-    assert said.startswith("a reward function failed: mine:late: ") and said.endswith(
+    assert said.startswith("evaluation: 100.0% of the responses got no verdict, and count as wrong") and said.endswith(
         "ZeroDivisionError: float division by zero"
     )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Literal
 
 import pytest
@@ -12,6 +13,7 @@ import torch
 from dsm_train.data.format import PlainFormat
 from dsm_train.data.tasks import Task
 from dsm_train.data.tokenizer import Tokenizer, train_tokenizer
+from dsm_train.eval import evaluate
 from dsm_train.eval.evaluate import Evaluator, Greedy, pass_at_k
 from dsm_train.megatron.parallel import Parallel
 from dsm_train.megatron.step import Model
@@ -62,7 +64,7 @@ def tokenizer() -> Tokenizer:
 def test_greedy_accuracy_counts_right_answers(tokenizer: Tokenizer, layout: Parallel) -> None:
     engine = Scripted(tokenizer, [1, 0, 1, 1, 0, 1, 0])
     evaluator = Evaluator(engine, tokenizer, PlainFormat(tokenizer, "{question}"), layout, SAMPLING, GRADER)
-    assert evaluator.greedy_accuracy(TASKS) == pytest.approx(4 / 7)
+    assert evaluator.greedy_accuracy(TASKS, print) == pytest.approx(4 / 7)
     # every task once; greedy, untruncated; at a step that no training step has
     assert [ids for ids, *_ in engine.calls] == [[0, 1, 2, 3, 4, 5, 6]]
     greedy = SamplingConfig(temperature=0.0, max_new_tokens=4)
@@ -77,7 +79,7 @@ def test_the_grader_says_what_is_correct(
     # a weight of the answer that is not 1 makes no answer wrong
     grader = Grader(RewardConfig((RewardFunction("numeric", weight=0.5),), unfinished=unfinished))
     assert Evaluator(engine, tokenizer, PlainFormat(tokenizer, "{question}"), layout, SAMPLING, grader).greedy_accuracy(
-        TASKS
+        TASKS, print
     ) == pytest.approx(share)
 
 
@@ -87,8 +89,37 @@ def test_a_function_that_only_measures_takes_no_verdict_away(tokenizer: Tokenize
     evaluator = Evaluator(
         Scripted(tokenizer, [1] * 7), tokenizer, PlainFormat(tokenizer, "{question}"), layout, SAMPLING, grader
     )
-    assert evaluator.greedy(TASKS) == Greedy(1.0, 1.0, 0.0)
+    assert evaluator.greedy(TASKS, print) == Greedy(1.0, 1.0, 0.0)
     assert grader.trouble is not None and "no module no_such_module" in grader.trouble
+    grader.close()
+
+
+@pytest.mark.parametrize(("samples", "batches"), [(1, [3, 3, 1]), (2, [2] * 7), (4, [4] * 7)])
+def test_functions_are_asked_in_batches_and_what_fails_is_said(
+    samples: int,
+    batches: list[int],
+    tokenizer: Tokenizer,
+    layout: Parallel,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A batch of 3 responses at most, unless one task has more."""
+    monkeypatch.setattr(evaluate, "BATCH", 3)
+    (tmp_path / "mine.py").write_text(
+        "def f(completions, tasks):\n    open(__file__ + '.log', 'a').write(f'{len(completions)}\\n')\n"
+        "    return [1 / (len(completions) != 1) for task in tasks]\n"
+    )
+    grader = Grader(RewardConfig((RewardFunction(call="mine:f"),)), [str(tmp_path)])
+    engine, said = Scripted(tokenizer, [1] * 7), list[str]()
+    evaluator = Evaluator(engine, tokenizer, PlainFormat(tokenizer, "{question}"), layout, SAMPLING, grader)
+    if samples == 1:
+        assert evaluator.greedy(TASKS, said.append) == Greedy(pytest.approx(6 / 7), 1.0, pytest.approx(1 / 7))
+        (line,) = said
+        assert line.startswith("evaluation: 14.3% of the responses got no verdict, and count as wrong")
+        assert line.endswith("ZeroDivisionError: division by zero")
+    else:
+        assert evaluator.pass_at_k(TASKS, samples)[samples] == 1.0
+    assert [int(size) for size in (tmp_path / "mine.py.log").read_text().split()] == batches
     grader.close()
 
 
