@@ -73,9 +73,9 @@ def prepare(config: ConfigT, sampling: SamplingConfig | None) -> tuple[ConfigT, 
     format, grader = make_format(config.data, tokenizer), make_grader(config)
     config = replace(config, model=with_vocabulary(config.model, source, tokenizer.vocab_size, tokenizer.fingerprint()))
     check_layout(config)
-    try_rewards(config, tasks, grader)
-    notes = [] if source is None else [source.note(config.given), source.stops_note(tokenizer.stop_ids)]
-    notes += tasks.notes
+    notes = [*try_rewards(config, tasks, grader), *tasks.notes]
+    if source is not None:
+        notes += [source.note(config.given), source.stops_note(tokenizer.stop_ids)]
     tasks, said = usable(config, sampling, tasks, format, grader)
     order = order_of([task.file for task in tasks.train], config.run.seed, config.data.weights)
     course = None if config.supervised is None else plan(config, config.supervised, tasks, format)
@@ -95,11 +95,15 @@ def check_layout(config: StageConfig) -> None:
     core_attention(config.model)
 
 
-def try_rewards(config: StageConfig, tasks: Tasks, grader: Grader) -> None:
-    """Try the user's reward functions on one task, on one rank of each machine; `ValueError` for one that fails."""
-    if config.answers and parallel.local_rank() == 0:
-        known = (*tasks.train, *tasks.heldout)
-        grader.try_functions(next((task for task in known if task.solution or task.answer), known[0]))
+def try_rewards(config: StageConfig, tasks: Tasks, grader: Grader) -> list[str]:
+    """Try the user's reward functions on one task, on one rank of each machine; `ValueError` for one that fails.
+
+    Returns notes about what they gave.
+    """
+    if not config.answers or parallel.local_rank() != 0:
+        return []
+    known = (*tasks.train, *tasks.heldout)
+    return grader.try_functions(next((task for task in known if task.solution or task.answer), known[0]))
 
 
 def usable(

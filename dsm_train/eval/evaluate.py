@@ -66,8 +66,9 @@ class Evaluator:
         return self.greedy(tasks, say).accuracy
 
     def trouble(self) -> str | None:
-        """Find a rank's last reason why a reward function gave a whole batch no verdict. Collective."""
+        """Take a rank's last reason, since this was asked, why a function gave a batch no verdict. Collective."""
         troubles = self.parallel.gather_over_ranks(self.grader.trouble)
+        self.grader.trouble = None
         return next((trouble for trouble in troubles if trouble is not None), None)
 
     def pass_at_k(self, tasks: Sequence[Task], num_samples: int) -> dict[int, float]:

@@ -47,6 +47,10 @@ class Journal:
     _flat: int = field(default=0, init=False)
     _cut_off: int = field(default=0, init=False)
     _unjudged: int = field(default=0, init=False)
+    _trouble: str | None = field(default=None, init=False)
+    """The last failure of a reward function in training."""
+    _shares: list[float] = field(default_factory=list, init=False)
+    """Share of responses without a verdict, step by step."""
 
     def log(
         self, loop: Loop, step: int, tasks: Sequence[Task], rollouts: Rollouts, results: Sequence[StepResult]
@@ -71,26 +75,41 @@ class Journal:
         loop.log(values, tokens=int(sequence_lengths(rollouts.sequences).sum()), shown=SHOWN)
         samples = read_samples(rollouts, tasks, self.tokenizer, self.evaluator.format, config.labels, count=4)
         self.samples.log(number, samples)
+        self._tell_failures(loop, number, values)
         self._warn(loop, number, values)
 
     def _record_of(self, number: int) -> Path:
         assert self.record is not None
         return self.record if self.record_step else self.record.with_stem(f"{self.record.stem}-{number}")
 
+    def _tell_failures(self, loop: Loop, number: int, values: dict[str, float]) -> None:
+        """Say the first failure of a function at once, and the share of no verdict at the end. Collective."""
+        self._shares.append(values["no_verdict"])
+        failed = any(name.startswith("no_verdict_") for name in values)
+        if failed and (trouble := self.evaluator.trouble()) is not None:
+            if self._trouble is None:
+                loop.say(
+                    f"step {number}: a reward function failed, and {values['no_verdict']:.0%} of the responses "
+                    f"got no verdict: {trouble}"
+                )
+            self._trouble = trouble
+        if number == self.steps and any(self._shares):
+            share = sum(self._shares) / len(self._shares)
+            loop.say(f"{share:.1%} of the responses of {len(self._shares)} steps got no verdict")
+
     def _warn(self, loop: Loop, number: int, values: dict[str, float]) -> None:
-        """Say once what has gone on for some steps. Collective."""
+        """Say once what has gone on for some steps."""
         unjudged = values["no_verdict"] > 0.5
         self._flat = self._flat + 1 if values["groups_without_spread"] == 1.0 and not unjudged else 0
         unfinished = self.evaluator.grader.config.unfinished  # a response that is kept may well have no end
         self._cut_off = self._cut_off + 1 if values["finished"] < 0.5 and unfinished != "keep" else 0
         self._unjudged = self._unjudged + 1 if unjudged else 0
         if self._unjudged == PATIENCE:
-            trouble = self.evaluator.trouble()
             functions = self.evaluator.grader.config.functions
             silent = [f.label for f in functions if f.weight and f"no_verdict_{f.label}" in values]
             loop.say(
                 f"{PATIENCE} steps to step {number}: {values['no_verdict']:.0%} of the responses got no verdict of "
-                f"{' or '.join(silent)}" + (f"; the last failure: {trouble}" if trouble else "")
+                f"{' or '.join(silent)}" + (f"; the last failure: {self._trouble}" if self._trouble else "")
             )
         if self._flat == PATIENCE:
             loop.say(

@@ -58,7 +58,8 @@ class RewardConfig:
     """Responses about which a function returned None, raised or ran out of time: mask (left out of advantages and loss)
     or zero (no reward). Evaluation counts them as wrong, where it was the first."""
     timeout_seconds: float = 60.0
-    """Time limit of a call of a user's function, which takes a whole batch of responses; it is stopped for certain."""
+    """Time limit of a call of a user's function, on a batch of responses: all of an exploration stage on a
+    replica, at most 256 in evaluation. It is stopped for certain."""
 
     def __post_init__(self) -> None:
         require(bool(self.functions), "functions", "a list of at least one function", [])

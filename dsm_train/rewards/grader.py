@@ -53,11 +53,13 @@ class Grader:
         reasons = (BUILT_IN[f.name].unreadable(task) for f in self.config.functions if f.name is not None)
         return next((reason for reason in reasons if reason is not None), None)
 
-    def try_functions(self, task: Task) -> None:
+    def try_functions(self, task: Task) -> list[str]:
         """Import the user's functions and call each with a right completion of a task.
 
-        It is given twice, so that one value for all is noticed. Raises ValueError with what is wrong, and where.
+        It is given twice, so that one value for all is noticed. Raises ValueError with what is wrong, and where;
+        returns notes about functions that gave no verdict, which may be right.
         """
+        notes = []
         example = task.solution or task.answer
         for number, function in enumerate(self.config.functions, start=1):
             if function.call is None:
@@ -66,6 +68,10 @@ class Grader:
             if isinstance(outcome, Failed):
                 self.close()
                 raise ValueError(f"item {number} of rewards.functions, {function.call}: {outcome.reason}")
+            if all(value is None or math.isnan(_within_fp32(value)) for value in outcome.values):
+                where = f"item {number} of rewards.functions, {function.call}"
+                notes.append(f"{where}: no verdict on the answer it was tried with")
+        return notes
 
     def close(self) -> None:
         """End the process of the user's functions. A later batch starts another."""

@@ -107,7 +107,17 @@ def test_responses_without_a_verdict_are_learnt_from_by_nobody(mine: Path, capsy
         assert row["reward"] is None and row["reward_silent"] is None and row["reward_length"] > 0
         assert row["loss"] is None and row["grad_norm"] is None and row["ratio"] is None  # no optimizer step
     said = [line for line in capsys.readouterr().out.splitlines() if "no verdict" in line or "same reward" in line]
-    assert said == ["5 steps to step 5: 100% of the responses got no verdict of silent"]
+    why = "and count as wrong where the first reward function gave none"
+    evaluated = f"evaluation: 100.0% of the responses got no verdict, {why}"
+    assert said == [
+        "item 2 of rewards.functions, mine:silent: no verdict on the answer it was tried with",
+        evaluated,
+        "5 steps to step 5: 100% of the responses got no verdict of silent",
+        "100.0% of the responses of 6 steps got no verdict",
+        evaluated,
+    ]
+    report = json.loads((mine / "silent" / "report.json").read_text())
+    assert report["no_verdict_before"] == report["no_verdict_after"] == 1
     run("grpo", *GRPO, *KEEP, "run.out=zero", "steps=1", "rewards.no_verdict=zero",
         functions("{call: mine:length}", "{call: mine:silent}"))  # fmt: skip
     (row,) = (row for row in metrics(mine / "zero") if "loss" in row)
@@ -117,7 +127,10 @@ def test_responses_without_a_verdict_are_learnt_from_by_nobody(mine: Path, capsy
 def test_a_function_that_fails_in_training_is_told_of_and_the_run_goes_on(mine: Path, capsys: Capsys) -> None:
     run("grpo", *GRPO, *KEEP, "run.out=run", "steps=5", functions("{call: mine:late}"))
     assert len(metrics(mine / "run")) == 7
-    (said,) = (line for line in capsys.readouterr().out.splitlines() if "no verdict" in line)
+    lines = [line for line in capsys.readouterr().out.splitlines() if "no verdict" in line]
+    _, first, share, said, _ = lines
+    assert first.startswith("step 1: a reward function failed, and 100% of the responses got no verdict: mine:late: ")
+    assert first.endswith("division by zero") and share == "100.0% of the responses of 5 steps got no verdict"
     assert f"got no verdict of late; the last failure: mine:late: {mine}/mine.py:" in said
     assert said.endswith("ZeroDivisionError: float division by zero")
 

@@ -179,7 +179,7 @@ def test_lists_of_functions_that_cannot_be(functions: tuple[RewardFunction, ...]
     [
         ({}, "name must be given or call, one of the two; got name = None, call = None"),
         ({"name": "numeric", "call": "a:b"}, "name must be given or call, one of the two; got name = numeric, call = "),
-        ({"call": "my_rewards.py:f"}, None),
+        ({"call": "my_rewards.py:f"}, "call must be module:function: write my_rewards:f; got my_rewards.py:f"),
         ({"call": "my_rewards"}, "call must be module:function, such as my_rewards:length_penalty; got my_rewards"),
         ({"call": "my rewards:f"}, "call must be module:function"),
         ({"call": "a:"}, "call must be module:function"),

@@ -238,7 +238,15 @@ def test_a_function_that_works_is_tried_with_a_right_completion(folder: Path) ->
         "def f(completions, tasks):\n    assert completions == ['so 2', 'so 2'], completions\n    return [1.0, None]\n"
     )
     grader = Grader(RewardConfig((RewardFunction(call="right:f"),)), [str(folder)])
-    grader.try_functions(Task(1, "1+1", "2", "so 2"))
+    assert grader.try_functions(Task(1, "1+1", "2", "so 2")) == []
+    grader.close()
+
+
+def test_a_function_without_a_verdict_on_a_right_completion_is_told_of(folder: Path) -> None:
+    (folder / "unsure.py").write_text("def f(completions, tasks):\n    return [None, float('nan')]\n")
+    grader = Grader(RewardConfig((RewardFunction(call="unsure:f"),)), [str(folder)])
+    (note,) = grader.try_functions(Task(1, "1+1", "2", "so 2"))
+    assert note.startswith("item 1 of rewards.functions, unsure:f: no verdict on")
     grader.close()
 
 
