@@ -280,10 +280,8 @@ MUTATIONS: dict[str, Mutation] = {
     "moments forgotten": Mutation(forget, "weights"),
     "no clipping": Mutation(keyword(step, "OptimizerConfig", clip_grad=lambda _: 0.0), "weights"),
     "norms decay": Mutation(decay_norms, "weights"),
-    "a warm-up from 0": Mutation(keyword(step, "OptimizerParamScheduler", init_lr=lambda _: 0.0), "weights"),
-    "a decay beyond the last step": Mutation(
-        keyword(step, "OptimizerParamScheduler", lr_decay_steps=lambda n: 2 * n), "lr"
-    ),
+    "a warm-up from 0": Mutation(keyword(step, "Schedule", init_lr=lambda _: 0.0), "weights"),
+    "a decay beyond the last step": Mutation(keyword(step, "Schedule", lr_decay_steps=lambda n: 2 * n), "lr"),
     # Packing.
     "a mean over micro-batches": Mutation(mean_over_micro_batches, "grad_norm", differs="gradient norm"),
     "positions in the buffer": Mutation(
@@ -307,7 +305,7 @@ MUTATIONS: dict[str, Mutation] = {
     ),
     "clipped before they are summed": Mutation(clip_each_replica, "grad_norm", "dp", "gradient norm"),
     "weight decay times the replicas": Mutation(
-        keyword(step, "OptimizerParamScheduler", start_wd=lambda w: w * replicas(), end_wd=lambda w: w * replicas()),
+        keyword(step, "Schedule", start_wd=lambda w: w * replicas(), end_wd=lambda w: w * replicas()),
         "weights",
         "dp",
         "updated weights",

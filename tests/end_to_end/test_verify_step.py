@@ -123,7 +123,10 @@ def test_what_cannot_be_verified_is_one_line(
         ([], "give one of batch=FILE, which dsm-train grpo record=FILE writes, and --synthetic"),
         (["--synthetic", "batch=x"], "give one of batch=FILE"),
         (["batch=nowhere"], "batch nowhere does not exist: record one with"),
-        ([f"batch={paths['foreign']}", "algorithm.kl_coef=0"], "and the tokenizer 258: give the configuration and run"),
+        (
+            [f"batch={paths['foreign']}", "algorithm.kl_coef=0"],
+            "and the model rows for 258: give the configuration and run",
+        ),
         ([f"batch={paths['long']}", "algorithm.kl_coef=0"], "has a sequence of 65 tokens: raise model.max_length = 64"),
         ([f"batch={paths['bare']}"], "was recorded without a reference model: set algorithm.kl_coef=0"),
         ([f"batch={paths['unscored']}"], "holds no rewards: record it"),
