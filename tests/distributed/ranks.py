@@ -6,6 +6,7 @@ CUDA, nor threads of its own.
 
 from __future__ import annotations
 
+import faulthandler
 import importlib
 import multiprocessing
 import os
@@ -26,8 +27,9 @@ _OF_A_LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP
 def run_ranks(main: Callable[..., None], world: int, out: Path, *arguments: str, timeout: float = 300) -> list[str]:
     """Call `main(rank, world, store, out, *arguments)` on each of `world` ranks; the first that fails ends all.
 
-    Returns what each rank printed. `store` is a `dist.FileStore` of this call's own. A failure, or ranks that take
-    longer than `timeout` seconds, is an AssertionError with all that the ranks printed.
+    Returns what each rank printed; one that hangs prints its stack before the time is up. `store` is a
+    `dist.FileStore` of this call's own. A failure, or ranks that take longer than `timeout` seconds, is an
+    AssertionError with all that the ranks printed.
     """
     _start_server()
     unique = out / f"{main.__module__}-{world}-{time.monotonic_ns()}"
@@ -35,7 +37,9 @@ def run_ranks(main: Callable[..., None], world: int, out: Path, *arguments: str,
     # The function by name: a rank imports its module with the environment in place.
     names = (main.__module__, main.__qualname__)
     ranks = [
-        _FORKED.Process(target=_rank, args=(names, rank, world, unique, out, prints[rank], arguments), daemon=True)
+        _FORKED.Process(
+            target=_rank, args=(names, rank, world, unique, out, prints[rank], timeout, arguments), daemon=True
+        )
         for rank in range(world)
     ]
     deadline = time.monotonic() + timeout
@@ -66,7 +70,14 @@ def _start_server() -> None:
 
 
 def _rank(
-    main: tuple[str, str], rank: int, world: int, store: Path, out: Path, prints: Path, arguments: tuple[str, ...]
+    main: tuple[str, str],
+    rank: int,
+    world: int,
+    store: Path,
+    out: Path,
+    prints: Path,
+    timeout: float,
+    arguments: tuple[str, ...],
 ) -> None:
     """One rank, in its own process."""
     file = os.open(prints, os.O_CREAT | os.O_WRONLY)
@@ -76,6 +87,7 @@ def _rank(
         os.environ.pop(name, None)
     os.environ.update(_ON_THE_CPU)
     torch.set_num_threads(1)
+    faulthandler.dump_traceback_later(0.9 * timeout)  # a rank that hangs says where
     module, name = main
     function = getattr(importlib.import_module(module), name)
     function(rank, world, dist.FileStore(str(store), world), out, *arguments)
