@@ -1,4 +1,4 @@
-"""From a task to what the model reads: the prompt, and the example of supervised training."""
+"""Formats of tasks: the prompt that a model reads, and the example of supervised training."""
 
 from __future__ import annotations
 

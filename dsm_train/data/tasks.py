@@ -39,7 +39,7 @@ class Task:
     file: int = 0
     """Index of its file among those of its side: of `data.path`, or of `data.heldout_path` where that is given."""
     fields: Mapping[str, Any] = field(default_factory=dict, hash=False)
-    """All other fields of its row (tests, choices, ...), for rewards."""
+    """Other fields of its row (tests, choices, ...), for rewards."""
 
     @property
     def label(self) -> str:

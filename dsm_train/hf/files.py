@@ -33,7 +33,7 @@ class Stored:
 
     file: Path
     dtype: str
-    """As safetensors calls it: F32, BF16, ..."""
+    """Type by its name in safetensors: F32, BF16, ..."""
     shape: tuple[int, ...]
 
 

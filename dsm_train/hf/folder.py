@@ -30,7 +30,7 @@ _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 @dataclass(frozen=True)
 class Pretrained:
-    """All that a folder says beside its weights and its tokenizer, for those who train them and write them again."""
+    """Folder of a pretrained model without weights and tokenizer: its description, carried on to what is trained."""
 
     folder: Path
     description: Description

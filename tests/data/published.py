@@ -98,7 +98,7 @@ PLAIN = ("<think>", "</think>")
 
 
 def byte_level(special: Sequence[str], **flags: bool) -> tokenizers.Tokenizer:
-    """As Llama 3 and Qwen: bytes, words with the blank before them."""
+    """BPE as of Llama 3 and Qwen: bytes, words with the blank before them."""
     backend = tokenizers.Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
@@ -118,7 +118,7 @@ def bytes_alone(special: Sequence[str]) -> tokenizers.Tokenizer:
 
 
 def metaspace(special: Sequence[str], scheme: str = "first", **flags: bool) -> tokenizers.Tokenizer:
-    """As Llama 2 and Mistral: characters, with a blank in front of the text or of each piece, and bytes."""
+    """BPE as of Llama 2 and Mistral: characters, with a blank in front of the text or of each piece, and bytes."""
     backend = tokenizers.Tokenizer(models.BPE())
     if scheme == "normalizer":
         backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
@@ -139,7 +139,7 @@ def metaspace(special: Sequence[str], scheme: str = "first", **flags: bool) -> t
 
 
 def wordpiece(special: Sequence[str], **flags: bool) -> tokenizers.Tokenizer:
-    """As BERT: lower case without accents, words and their parts; the special tokens are in the vocabulary."""
+    """WordPiece as of BERT: lower case without accents, words and their parts; special tokens in the vocabulary."""
     backend = tokenizers.Tokenizer(models.WordPiece(unk_token="[UNK]"))
     backend.normalizer = normalizers.BertNormalizer()
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -150,7 +150,7 @@ def wordpiece(special: Sequence[str], **flags: bool) -> tokenizers.Tokenizer:
 
 
 def unigram(special: Sequence[str], **flags: bool) -> tokenizers.Tokenizer:
-    """As T5: pieces with scores; the special tokens are the likeliest of them."""
+    """Unigram as of T5: pieces with scores; the special tokens are the likeliest of them."""
     words = sorted({word for text in TEXTS for word in text.replace("\n", " ").split()})
     pieces = [("<unk>", 0.0), *((token, 0.0) for token in special)]
     pieces += [(f"▁{word}", -8.0) for word in words if "<" not in word and "[" not in word]
