@@ -310,6 +310,9 @@ class RunConfig:
     """Folder for metrics, samples, report and weights; none: a new one, runs/STAGE-DATE-TIME."""
     overwrite: bool = False
     """Replace the finished run that `out` holds, its weights as well; without it such a folder is refused."""
+    resume: str = "auto"
+    """auto: continue the unfinished run that `out` holds, from its newest checkpoint; never: begin anew, and move that
+    run aside; or the folder of a checkpoint, or of a run, to continue from."""
     init: Path | None = None
     """Folder of weights to start from: a Hugging Face model, or weights/ of another run; none: random weights."""
     weights_dtype: Literal["fp32", "bf16", "fp16"] | None = None
@@ -327,6 +330,7 @@ class RunConfig:
         at_least(1, self, "max_tokens")
         at_least(0, self, "threads")
         require(0 <= self.seed < 2**32, "seed", "at least 0 and below 2^32", self.seed)
+        require(bool(self.resume), "resume", "auto, never or a folder", repr(self.resume))
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar, Literal
 
+from dsm_train.checkpoint.config import CheckpointConfig
 from dsm_train.config import (
     AlgorithmConfig,
     Given,
@@ -61,6 +62,8 @@ class StageConfig:
     """Rewards."""
     eval: EvalConfig = field(default_factory=EvalConfig)
     """Evaluation."""
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    """Checkpoints."""
     given: Given = field(default_factory=Given, compare=False, repr=False)
     """Keys that the user set; not a value of the configuration."""
 
@@ -161,6 +164,8 @@ class EvaluateConfig(StageConfig):
         "eval.every": "it counts steps of training",
         "eval.tasks": "it counts for evaluation while training; data.heldout_tasks says how many tasks there are",
         "run.overwrite": "it keeps no run",
+        "run.resume": "it keeps no run",
+        "checkpoint": "it keeps no run",
         "run.weights_dtype": "it writes no weights",
     }
 
@@ -184,6 +189,8 @@ class GenerateConfig(StageConfig):
         "eval": "dsm-train eval evaluates",
         "rewards": "dsm-train eval grades responses",
         "run.overwrite": "it keeps no run",
+        "run.resume": "it keeps no run",
+        "checkpoint": "it keeps no run",
         "run.weights_dtype": "it writes no weights",
     }
 
@@ -213,6 +220,8 @@ class ConvertConfig:
 
     unheeded: ClassVar[Mapping[str, str]] = {
         "run.overwrite": "remove the folder first",
+        "run.resume": "it keeps no run",
+        "checkpoint": "it keeps no run",
         "run.seed": "nothing is random",
         "run.max_tokens": "nothing is computed",
         "run.share_prompts": "nothing is computed",
@@ -251,6 +260,7 @@ class VerifyStepConfig(StageConfig):
         "eval": "it evaluates nothing",
         "rewards": "the rewards are those that were recorded",
         "run.overwrite": "it keeps no run",
+        "run.resume": "it keeps no run",
         "run.weights_dtype": "it writes no weights",
     }
 

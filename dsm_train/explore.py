@@ -11,27 +11,46 @@ from dsm_train.megatron.parallel import Parallel
 from dsm_train.megatron.step import Model
 from dsm_train.packing.packer import Packer
 from dsm_train.prepare import Questions
+from dsm_train.rollout.book import Book
 from dsm_train.rollout.engine import RolloutEngine
 from dsm_train.rollout.grading import shuffle_rewards, verdicts, with_rewards
 from dsm_train.types import Prompt, Rollouts
 
 
 def explore(
-    engine: RolloutEngine, questions: Questions, config: GrpoConfig, parallel: Parallel, step: int
+    engine: RolloutEngine, questions: Questions, config: GrpoConfig, policy: Model, step: int, book: Book | None = None
 ) -> tuple[list[Task], Rollouts]:
-    """Draw this replica's share of the step's questions, and sample a group of responses to each."""
+    """Draw this replica's share of the step's questions, and sample a group of responses to each.
+
+    book: rollouts of this step that it holds are taken, others go into it.
+    """
+    parallel = policy.parallel
     drawn = draw(questions.tasks.train, questions.order, config.algorithm.prompts_per_step, step)
     # Counted over the whole stage, before replicas take their shares: random numbers do not depend on the layout.
     tasks, times = parallel.share(drawn), parallel.share(occurrences(drawn))
+    if book is not None and (recorded := book.find(step, tasks, policy.steps)) is not None:
+        return tasks, recorded
     prompts = [Prompt(task.id, questions.format.prompt(task), n) for task, n in zip(tasks, times, strict=True)]
-    return tasks, engine.generate(prompts, config.algorithm.group_size, config.sampling, step=step)
+    rollouts = engine.generate(prompts, config.algorithm.group_size, config.sampling, step=step)
+    if book is not None:
+        book.keep(step, rollouts)
+    return tasks, rollouts
 
 
 def grade(
-    rollouts: Rollouts, tasks: list[Task], questions: Questions, config: GrpoConfig, parallel: Parallel, step: int
+    rollouts: Rollouts,
+    tasks: list[Task],
+    questions: Questions,
+    config: GrpoConfig,
+    parallel: Parallel,
+    step: int,
+    book: Book | None = None,
 ) -> Rollouts:
-    """Reward each response. Collective."""
-    rollouts = with_rewards(rollouts, verdicts(rollouts, tasks, questions.tokenizer, questions.grader, parallel))
+    """Reward each response, unless it was when it was recorded. Collective."""
+    if rollouts.reward_S is None:
+        rollouts = with_rewards(rollouts, verdicts(rollouts, tasks, questions.tokenizer, questions.grader, parallel))
+        if book is not None:  # functions of the user's need not say the same twice
+            book.keep(step, rollouts)
     return shuffle_rewards(rollouts, config.run.seed, step) if config.algorithm.shuffle_rewards else rollouts
 
 

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import atexit
+import shlex
 import sys
-import time
-from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, replace
 from importlib.util import find_spec
 from math import prod
 from pathlib import Path
-from types import TracebackType
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 
 from dsm_train import __version__
-from dsm_train.cli import check_alike, digest, fingerprint, to_yaml, user_errors
+from dsm_train.checkpoint.keeper import Keeper, State
+from dsm_train.checkpoint.resume import begin, choose
+from dsm_train.checkpoint.stop import Stop
+from dsm_train.cli import check_alike, digest, fingerprint, tell_torchrun, to_yaml, user_errors
+from dsm_train.cli.errors import DISK, STOPPED, Ended, disk_error
 from dsm_train.configs import StageConfig
 from dsm_train.data.tokenizer import FILES, Tokenizer
 from dsm_train.hf.config import fresh_config
@@ -24,6 +28,7 @@ from dsm_train.hf.dtypes import BY_NAME
 from dsm_train.hf.folder import Pretrained, write_config, write_tokenizer_note
 from dsm_train.hf.names import pieces
 from dsm_train.hf.writer import appearing
+from dsm_train.loop import Loop
 from dsm_train.megatron import parallel, platform, weights
 from dsm_train.megatron.flash import core_attention
 from dsm_train.megatron.heads import HeadSpec
@@ -33,8 +38,8 @@ from dsm_train.megatron.step import Model, adam_implementation
 from dsm_train.megatron.weights import ModelSpec
 from dsm_train.packing.packer import Packer
 from dsm_train.prepare import Questions
-from dsm_train.reporting.folder import claim_folder
-from dsm_train.reporting.metrics import Metrics, Progress, Samples, Stopwatch, prepare_output
+from dsm_train.reporting.folder import RunFolder, claim_folder
+from dsm_train.reporting.metrics import Metrics, Samples, prepare_output
 from dsm_train.reporting.report import startup_table
 from triton_kernels import implementations
 
@@ -50,27 +55,40 @@ class Job(Generic[OwnConfigT]):
     parallel: Parallel
     metrics: Metrics
     samples: Samples
+    _keeper: Keeper | None
     source: Pretrained | None = None
     """Folder that the weights came from, as it was at the start."""
-    started: float = field(default_factory=time.perf_counter)
 
     @property
     def device(self) -> torch.device:
         """This rank's device."""
         return platform.device()
 
+    @property
+    def keeper(self) -> Keeper:
+        """Keeper of the checkpoints of a stage that trains."""
+        assert self._keeper is not None, "a stage that trains has one"
+        return self._keeper
+
     def seconds(self) -> float:
-        """Measure the time since the job started."""
-        return time.perf_counter() - self.started
+        """Measure the time that the run has taken, that before its checkpoint included."""
+        return self.keeper.seconds()
+
+    def once(self, name: str, compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """Compute values once in a run; one that is continued takes them from its checkpoint. They are plain JSON."""
+        results = self.keeper.results
+        if name not in results:
+            results[name] = compute()
+        return results[name]
 
     def say(self, text: str) -> None:
         """Tell the user, from the main rank."""
         if self.parallel.is_main:
             print(text, flush=True)
 
-    def loop(self, label: str, steps: int) -> Loop:
-        """Begin a loop of so many steps, whose metrics stand under this label."""
-        return Loop(label, steps, self.parallel, self.metrics)
+    def loop(self, label: str, steps: int, state: State) -> Loop:
+        """Begin a loop of so many steps that change `state`; its metrics stand under this label."""
+        return Loop(label, steps, state, self.parallel, self.metrics, self.keeper)
 
     def packer(self) -> Packer:
         """Make the packer of this job's layout."""
@@ -116,96 +134,109 @@ def special_ids(tokenizer: Tokenizer) -> dict[str, int | list[int] | None]:
     }
 
 
-class Loop(AbstractContextManager["Loop"]):
-    """The steps of a loop and the phases of each: watchdog, stopwatch, progress and metrics.
-
-    with job.loop("grpo", 260) as loop:
-        for step in loop:                  # 0, 1, ...; people count from 1
-            with loop.phase("rollout"):    # the watchdog's phase, and rollout_seconds in the metrics
-                ...
-            loop.log({"reward": 0.61}, shown={"reward": "reward"})
-    """
-
-    def __init__(self, label: str, steps: int, parallel: Parallel, metrics: Metrics) -> None:
-        self._label, self._steps, self._parallel, self._metrics = label, steps, parallel, metrics
-        self._progress = Progress(label, steps, sys.stderr if parallel.is_main else None)
-        self._watch, self._number = Stopwatch(), 0
-
-    def __iter__(self) -> Iterator[int]:
-        for step in range(self._steps):
-            self._watch, self._number = Stopwatch(), step + 1
-            yield step
-
-    @contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        """Enter a phase of the current step, and time it."""
-        self._parallel.watchdog.enter(f"{name} of step {self._number}")
-        yield
-        self._watch.lap(f"{name}_seconds")
-
-    def log(self, values: Mapping[str, float], *, tokens: int | None = None, shown: Mapping[str, str]) -> None:
-        """Write the step's metrics, and show some of them, by the names that people read.
-
-        tokens: this replica's, for the times of the phases and the rate over all replicas. Collective.
-        """
-        if tokens is not None:
-            values = {**values, **self._watch.rate(sum(self._parallel.gather_over_data(tokens)))}
-        self._metrics.log(self._number, self._label, values)
-        self._progress.step({text: values[name] for name, text in shown.items() if name in values})
-
-    def say(self, text: str) -> None:
-        """Tell the user, from the main rank, below the line of progress."""
-        if self._parallel.is_main:
-            self._progress.close()
-            print(text, flush=True)
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._progress.close()
-
-
 @contextmanager
 def start(config: ConfigT, stage: str, questions: Questions, *, trains: bool = True) -> Iterator[Job[ConfigT]]:
     """Start the ranks of a job whose configuration was prepared (prepare.py).
 
-    An error in what the user gave is one line and exit status 2. A stage that does not train claims no folder and keeps
-    no records.
+    An error in what the user gave is one line and exit status 2; other ends that are no crash: cli/errors.py. A stage
+    that does not train claims no folder and keeps no records.
     """
-    folder = None
-    with user_errors(f"dsm-train {stage}"):
+    prog, folder, origin = f"dsm-train {stage}", None, None
+    with user_errors(prog):
         if trains and parallel.rank() == 0:
             folder = claim_folder(config.run, stage)
         elif config.run.out is not None and not trains:
             prepare_output(config.run.out)
         threads = parallel.set_threads(config.run.threads)
         ranks = parallel.start(config.parallel, config.run.seed)
-        check_alike(ranks.gather_over_ranks(identity(config, questions)))
-    out, metrics, samples = folder.path if folder else None, Metrics(None), Samples(None)
+        who = identity(config, questions)
+        check_alike(ranks.gather_over_ranks(who))
+        if trains:
+            origin = choose(config.run, folder, who | surroundings(ranks, threads), ranks)
+    stop, metrics, samples = Stop(tells=ranks.is_main), Metrics(None), Samples(None)
+    again = "the same command continues" if config.run.out or folder is None else continuing(folder.path)
     try:
         if not ranks.is_replica_main:
             questions.grader.close()  # it has tried the user's functions, and others grade
-        with ranks.watchdog.failures():
-            if trains:
-                config = replace(config, run=replace(config.run, out=ranks.from_main(out)))
-            if folder is not None:
-                folder.begin()
-                (folder.path / "config.yaml").write_text(to_yaml(config))
-                metrics, samples = Metrics(out), Samples(out)
-            job = Job(config, ranks, metrics, samples, questions.source)
-            opening = [startup_table(served_by(config, ranks, threads)), *questions.notes, *missing_ops()]
+        with ends(prog, folder, again), ranks.watchdog.failures():
+            keeper, notes = None, list(questions.notes)
+            if origin is not None:
+                stop.listen()
+                out = ranks.from_main(None if folder is None else folder.path)
+                assert out is not None
+                config = replace(config, run=replace(config.run, out=out))
+                if folder is not None:
+                    notes += [*begin(folder, origin, stage=stage), f"records and checkpoints: {out}; {again}"]
+                    (out / "config.yaml").write_text(to_yaml(config))
+                    metrics, samples = Metrics(out), Samples(out)
+                keeper = Keeper(config.checkpoint, out, ranks, origin, metrics, samples, stop)
+            opening = [startup_table(served_by(config, ranks, threads)), *notes, *missing_ops()]
             if ranks.is_main:  # the output of a stage that answers is its answer
                 print("\n".join(opening), file=sys.stdout if trains else sys.stderr, flush=True)
-            yield job
-            if folder is not None:
-                folder.finish()
+            yield Job(config, ranks, metrics, samples, keeper, questions.source)
+            if keeper is not None:
+                keeper.close()
+            if folder is not None and keeper is not None:
+                folder.finish(checkpoints=asdict(keeper.kept))
     finally:
+        stop.close()
         metrics.close()
         samples.close()
         questions.grader.close()
         if folder is not None:
             folder.close()
         parallel.stop(ranks)
+
+
+@contextmanager
+def ends(prog: str, folder: RunFolder | None, again: str) -> Iterator[None]:
+    """Tell of an end that is no crash in one line, with its exit status, and note every end in the run's folder.
+
+    folder: the main rank's, which tells; again: how the run is continued.
+    """
+    try:
+        yield
+    except (Exception, KeyboardInterrupt, SystemExit) as error:
+        if folder is None:
+            raise
+        status, how = end_of(error, folder.path)
+        with suppress(OSError):
+            folder.end(how)
+        if status is None:
+            atexit.register(print, again, file=sys.stderr)  # below the traceback
+            raise
+        line = f"{prog}: {how}; {again}"
+        print(line, file=sys.stderr, flush=True)
+        tell_torchrun(line)
+        raise SystemExit(status) from None
+
+
+def end_of(error: BaseException, folder: Path) -> tuple[int | None, str]:
+    """Find the exit status of an end that is no crash, None for a crash, and say how it was."""
+    if isinstance(error, Ended):
+        return error.status, error.line
+    disk = disk_error(error, folder)
+    if disk is not None:
+        return DISK, f"the disk of {folder}: {disk.strerror or disk}; the last checkpoint is whole"
+    if isinstance(error, SystemExit) and error.code == STOPPED:
+        return STOPPED, "stopped by a signal"
+    return None, f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}".removesuffix(": ")
+
+
+def continuing(out: Path) -> str:
+    """Write the command that continues a run whose folder was not given."""
+    return f"to continue: dsm-train {shlex.join(sys.argv[1:])} run.out={shlex.quote(str(out))}"
+
+
+def surroundings(ranks: Parallel, threads: int) -> dict[str, str]:
+    """Write down what computes, as far as rounding depends on it."""
+    device = platform.device()
+    return {
+        "the number of ranks": str(ranks.world_size),
+        "the threads of a rank": str(threads),
+        "the device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
+        "the version of torch": torch.__version__,
+    }
 
 
 def identity(config: StageConfig, questions: Questions) -> dict[str, str]:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from dsm_train.balance import deal
+from dsm_train.checkpoint.keeper import State
 from dsm_train.configs import StageConfig
 from dsm_train.data.source import readable
 from dsm_train.eval.evaluate import Evaluator
@@ -34,8 +35,7 @@ def supervise(
     assert course is not None, "a stage with supervised training prepares it"
     packer = job.packer()
     watched = readable(questions.tasks.heldout[: job.config.eval.tasks], questions.grader)
-    values: dict[str, float] = {}
-    with job.loop("sft", course.steps) as loop:
+    with job.loop("sft", course.steps, State({"policy": model})) as loop:
         for step in loop:
             with loop.phase("update"):
                 batch, learnt_T = course.batch(step)
@@ -48,7 +48,7 @@ def supervise(
                 if watched:
                     values["heldout_accuracy"] = evaluator.greedy_accuracy(watched, loop.say)
             loop.log(values, shown=SHOWN)
-    return values
+    return loop.last
 
 
 def share(

@@ -31,7 +31,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 import torch
 
-from dsm_train.cli.errors import tell_torchrun
+from dsm_train.cli.errors import Ended, tell_torchrun
 
 if TYPE_CHECKING:
     from torch.distributed import Store
@@ -131,7 +131,8 @@ class Watchdog:
         try:
             yield
         except (Exception, SystemExit) as error:
-            if self._store is not None and not (isinstance(error, SystemExit) and error.code in (0, None)):
+            agreed = isinstance(error, Ended) or (isinstance(error, SystemExit) and error.code in (0, None))
+            if self._store is not None and not agreed:
                 self._fail(self._store, error)
             raise
 

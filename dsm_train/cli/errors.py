@@ -1,15 +1,29 @@
-"""Errors of the user: one line on stderr and exit status 2, told by one rank, and by torchrun at its end."""
+"""Ends of a job that are no crash: one line on stderr and an exit status, told by one rank, and by torchrun at its end.
+
+| status | |
+|---|---|
+| 0 | finished |
+| 1 | crashed, or another rank did |
+| 2 | the user's input is wrong |
+| 74 | the disk is full, read-only or broken |
+| 75 | stopped by a signal; what was done is saved, and the same command continues |
+| 76 | a loss or a gradient is not finite |
+"""
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
+DISK, STOPPED, NOT_FINITE = 74, 75, 76
+_OF_DISKS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EFBIG)
 _PATIENCE = 10.0
 """Seconds that a rank waits for torchrun to end it, because another rank has told the same error."""
 
@@ -40,3 +54,34 @@ def tell_torchrun(line: str) -> None:
     if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
         words = {"message": line, "extraInfo": {"timestamp": str(int(time.time()))}}
         Path(file).write_text(json.dumps({"message": words}))
+
+
+class Ended(SystemExit):
+    """End of the job that all ranks have agreed on; `line` is for the user."""
+
+    def __init__(self, status: int, line: str) -> None:
+        super().__init__(status)
+        self.status, self.line = status, line
+
+
+def disk_error(error: BaseException | None, folder: Path) -> OSError | None:
+    """Find the trouble with the disk that an exception comes from; None where it comes from elsewhere.
+
+    Writers of libraries hide the system's reason behind one of their own: the folder is tried then.
+    """
+    cause, hidden = error, False
+    while cause is not None:
+        if isinstance(cause, OSError) and cause.errno in _OF_DISKS:
+            return cause
+        hidden |= isinstance(cause, (OSError, RuntimeError)) and "writ" in str(cause)
+        cause = cause.__cause__ or cause.__context__
+    if not hidden:
+        return None
+    try:
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(bytes(2**20))
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as found:
+        return found
+    return None

@@ -6,9 +6,11 @@ A release that was not looked at gets no correction: `apply` refuses it, for a f
 from __future__ import annotations
 
 import functools
+import queue
 from typing import Any
 
 import torch
+from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.package_info import __version__
 
@@ -25,6 +27,7 @@ def apply() -> None:
             "pip install -c constraints.txt megatron-core"
         )
     _separate_adam_steps()
+    _results_within_the_process()
 
 
 def _separate_adam_steps() -> None:
@@ -43,3 +46,11 @@ def _separate_adam_steps() -> None:
                 state["step"] = state["step"].clone()
 
     DistributedOptimizer.load_state_dict = load_state_dict
+
+
+def _results_within_the_process() -> None:
+    """dist_checkpointing/strategies/filesystem_async.py: results of writing pass through a manager process.
+
+    It takes seconds to start, and a rank that is killed leaves it behind for ever. Our writer is a thread.
+    """
+    setattr(filesystem_async, "_results_queue", queue.Queue())  # noqa: B010 (typed as a queue of processes)

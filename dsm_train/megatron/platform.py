@@ -52,6 +52,7 @@ def enable() -> bool:
     # It calls collectives by names that torch has deprecated since, and asks the optimizer's shards for gradients.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed\.")
     warnings.filterwarnings("ignore", message=r"The \.grad attribute of a Tensor", module=r"megatron\.")
+    warnings.filterwarnings("ignore", message="`load_state_dict` is deprecated", category=FutureWarning)  # checkpoints
     # megatron-core 0.19 warns of a model that is not used here.
     warnings.filterwarnings(
         "ignore", message=".*is experimental and still under active development", module=r"megatron\."

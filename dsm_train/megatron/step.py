@@ -68,8 +68,13 @@ class Model:
     def frozen_copy(self) -> Model:
         """Copy the weights into a model of the same layout that is not trained: a reference model."""
         copy = Model(self.config, self.spec, build_model(self.config, self.spec, self.parallel), self.parallel)
-        weights.copy_weights(self.chunks, copy.chunks)
+        copy.take_weights(self)
         return copy
+
+    def take_weights(self, other: Model) -> None:
+        """Take over the weights of a model of the same layout."""
+        weights.copy_weights(other.chunks, self.chunks)
+        self.steps = other.steps
 
     def _run(
         self, function: Callable[[Any, MicroBatch], ResultT], micro_batches: Sequence[MicroBatch], *, train: bool

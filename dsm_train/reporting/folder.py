@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import socket
+from collections.abc import Collection
 from datetime import datetime
 from pathlib import Path
 from typing import Any, TextIO
@@ -16,6 +17,8 @@ from dsm_train.reporting.metrics import prepare_output
 
 STATE = "run.json"
 """Who runs or ran here, and whether it finished; locked while the run lives."""
+ROLLOUTS = "rollouts"
+"""Folder of the rollouts that were recorded since the last checkpoint."""
 FILES = (
     "config.yaml",
     "metrics.jsonl",
@@ -25,8 +28,12 @@ FILES = (
     "curve.png",
     "eval.json",
     "weights",
+    "checkpoints",
+    ROLLOUTS,
 )
 """Files and folders that a run writes. Those of other names are the user's and stay."""
+RECORDS = ("metrics.jsonl", "samples.jsonl")
+"""Files that grow while a run trains."""
 
 
 class RunFolder:
@@ -49,7 +56,7 @@ class RunFolder:
         `init` lies among the files to go. A file system without locks lets a second run in.
         """
         prepare_output(path)
-        file = (path / STATE).open("a+", encoding="utf-8")
+        file = os.fdopen(os.open(path / STATE, os.O_RDWR | os.O_CREAT, 0o666), "r+", encoding="utf-8")
         try:
             state = _lock(path, file)
             _check_room(path, state, overwrite, init)
@@ -58,18 +65,53 @@ class RunFolder:
             raise
         return cls(path, state, file)
 
-    def begin(self) -> None:
-        """Begin the run: files of a finished one are removed, those of one that was broken off moved aside as a whole.
+    @property
+    def unfinished(self) -> bool:
+        """True when the folder holds a run that began and did not finish."""
+        return bool(self._state) and not _finished(self.path, self._state)
 
-        They go to unfinished-DATE-TIME.
+    @property
+    def identity(self) -> dict[str, str]:
+        """Identity of the run that the folder holds; {} where none is known."""
+        return dict(self._state.get("identity") or {})
+
+    def begin(self, *, keep: Collection[str] = (), **state: Any) -> None:
+        """Begin a new run: files of a finished one are removed, those of a broken-off one moved aside as a whole.
+
+        They go to unfinished-DATE-TIME. keep: names of files that stay for the new run; state: more for run.json.
         """
-        _make_room(self.path, self._state)
-        self._state = {"pid": os.getpid(), "host": socket.gethostname(), "started": _now()}
-        self._write({"finished": None})
+        _make_room(self.path, self._state, keep)
+        self._state = {"started": _now(), **self._who(), **state}
+        self._write({"finished": None, "ended": None})
 
-    def finish(self) -> None:
+    def resume(self, metrics_bytes: int, samples_bytes: int, source: Path | None = None, **state: Any) -> list[str]:
+        """Continue the run that the folder holds, or that of another folder: records are cut back to their sizes then.
+
+        source: folder of the run whose checkpoint is continued, if it is another; its records are copied.
+        Returns lines about records that are not what they were.
+        """
+        sizes = dict(zip(RECORDS, (metrics_bytes, samples_bytes), strict=True))
+        if source is not None:
+            self.begin()
+            for name in sizes:
+                if (source / name).exists():
+                    shutil.copyfile(source / name, self.path / name)
+        notes = [note for name, size in sizes.items() if (note := _cut(self.path / name, size)) is not None]
+        self._write({**self._who(), **state, "finished": None, "ended": None})
+        return notes
+
+    def end(self, how: str) -> None:
+        """Note how the run ended that did not finish."""
+        self._write({"ended": how})
+
+    def finish(self, **state: Any) -> None:
         """Note that the run did all it was asked for."""
-        self._write({"finished": _now()})
+        self._write({**state, "finished": _now()})
+        shutil.rmtree(self.path / ROLLOUTS, ignore_errors=True)  # recorded to be taken up by a run that is continued
+
+    @staticmethod
+    def _who() -> dict[str, Any]:
+        return {"pid": os.getpid(), "host": socket.gethostname(), "agent": _agent()}
 
     def close(self) -> None:
         """Let other runs have the folder."""
@@ -77,10 +119,9 @@ class RunFolder:
 
     def _write(self, change: dict[str, Any]) -> None:
         self._state |= change
-        self._file.seek(0)
-        self._file.truncate()
-        self._file.write(json.dumps(self._state) + "\n")
-        self._file.flush()
+        text = (json.dumps(self._state) + "\n").encode()
+        os.pwrite(self._file.fileno(), text, 0)  # a kill before the next line leaves the end of a longer one behind
+        os.ftruncate(self._file.fileno(), len(text))
 
     def __enter__(self) -> RunFolder:
         self.begin()
@@ -95,8 +136,24 @@ def claim_folder(run: RunConfig, stage: str) -> RunFolder:
 
     The other ranks get `path` from the main rank, once there is a process group.
     """
-    path = new_folder(stage) if run.out is None else run.out
+    path = run.out or restarted(stage) or new_folder(stage)
     return RunFolder.claim(path, overwrite=run.overwrite, init=run.init)
+
+
+def restarted(stage: str, parent: Path = Path("runs")) -> Path | None:
+    """Find the folder that a run had before torchrun started its ranks again; None where it did not."""
+    if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0" or not parent.is_dir():
+        return None
+    for path in sorted(parent.glob(f"{stage}-*"), reverse=True):
+        state = read_state(path)
+        if state.get("agent") == _agent() and state.get("host") == socket.gethostname() and not state.get("finished"):
+            return path
+    return None
+
+
+def _agent() -> int | None:
+    """Process of torchrun, which starts ranks again; None without it."""
+    return os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
 
 
 def new_folder(stage: str, parent: Path = Path("runs")) -> Path:
@@ -126,13 +183,32 @@ def _lock(path: Path, file: TextIO) -> dict[str, Any]:
     return _read(file)
 
 
+def read_state(path: Path) -> dict[str, Any]:
+    """Read who runs or ran in a folder, as run.json has it; {} for nobody, or a file that cannot be read."""
+    try:
+        with (path / STATE).open(encoding="utf-8") as file:
+            return _read(file)
+    except (OSError, UnicodeDecodeError):
+        return {}
+
+
 def _read(file: TextIO) -> dict[str, Any]:
     file.seek(0)
     try:
-        state = json.loads(file.read() or "{}")
-    except json.JSONDecodeError:  # killed while writing
+        state, _ = json.JSONDecoder().raw_decode(file.read() or "{}")
+    except json.JSONDecodeError:
         return {}
     return state if isinstance(state, dict) else {}
+
+
+def _cut(file: Path, size: int) -> str | None:
+    """Cut what was written after a checkpoint off a file; returns a line where it has become shorter than it was."""
+    has = file.stat().st_size if file.exists() else 0
+    if has > size:
+        os.truncate(file, size)
+    if has >= size:
+        return None
+    return f"{file} has {has} bytes, and had {size} at the checkpoint: rows are missing"
 
 
 def _check_room(path: Path, state: dict[str, Any], overwrite: bool, init: Path | None) -> None:
@@ -150,10 +226,10 @@ def _check_room(path: Path, state: dict[str, Any], overwrite: bool, init: Path |
         raise ValueError(f"run.init = {init} is among the files that this run replaces: choose another run.out")
 
 
-def _make_room(path: Path, state: dict[str, Any]) -> None:
+def _make_room(path: Path, state: dict[str, Any], keep: Collection[str]) -> None:
     """Remove or move aside what an earlier run left."""
     aside = None if _finished(path, state) else path / f"unfinished-{state.get('started') or _now()}"
-    for file in _old(path):
+    for file in (file for file in _old(path) if file.name not in keep):
         if aside is not None:
             aside.mkdir(exist_ok=True)
             file.rename(aside / file.name)

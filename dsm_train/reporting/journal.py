@@ -11,18 +11,34 @@ import torch
 from dsm_train.data.tasks import Task
 from dsm_train.data.tokenizer import Tokenizer
 from dsm_train.eval.evaluate import Evaluator
+from dsm_train.loop import Loop
 from dsm_train.megatron.parallel import Parallel
 from dsm_train.packing.microbatch import sequence_lengths
 from dsm_train.reporting.metrics import Samples
 from dsm_train.rollout.grading import read_samples, reward_metrics, rollout_metrics
 from dsm_train.rollout.record import write_rollouts
-from dsm_train.run import Loop
 from dsm_train.types import Rollouts
 from dsm_train.update import StepResult, step_metrics
 
 PATIENCE = 5
 """Steps of the same trouble in a row after which it is said, once."""
 SHOWN = {name: name for name in ("reward", "heldout_accuracy", "kl", "response_tokens", "tokens_per_second")}
+
+
+@dataclass
+class Counts:
+    """Troubles so far; a checkpoint holds them."""
+
+    flat: int = 0
+    """Steps in a row in which no group had a spread of rewards."""
+    cut_off: int = 0
+    """Steps in a row in which most responses were cut off."""
+    unjudged: int = 0
+    """Steps in a row in which most responses got no verdict."""
+    trouble: str | None = None
+    """The last failure of a reward function in training."""
+    shares: float = 0.0
+    """Sum over the steps of the share of responses without a verdict."""
 
 
 @dataclass
@@ -44,13 +60,7 @@ class Journal:
     """File for the scored rollouts of a step, for verify-step."""
     record_step: int = 1
     """The step to record, from 1; 0: every step, in files of its own."""
-    _flat: int = field(default=0, init=False)
-    _cut_off: int = field(default=0, init=False)
-    _unjudged: int = field(default=0, init=False)
-    _trouble: str | None = field(default=None, init=False)
-    """The last failure of a reward function in training."""
-    _shares: list[float] = field(default_factory=list, init=False)
-    """Share of responses without a verdict, step by step."""
+    counts: Counts = field(default_factory=Counts, init=False)
 
     def log(
         self, loop: Loop, step: int, tasks: Sequence[Task], rollouts: Rollouts, results: Sequence[StepResult]
@@ -84,40 +94,40 @@ class Journal:
 
     def _tell_failures(self, loop: Loop, number: int, values: dict[str, float]) -> None:
         """Say the first failure of a function at once, and the share of no verdict at the end. Collective."""
-        self._shares.append(values["no_verdict"])
+        counts = self.counts
+        counts.shares += values["no_verdict"]
         failed = any(name.startswith("no_verdict_") for name in values)
         if failed and (trouble := self.evaluator.trouble()) is not None:
-            if self._trouble is None:
+            if counts.trouble is None:
                 loop.say(
                     f"step {number}: a reward function failed, and {values['no_verdict']:.0%} of the responses "
                     f"got no verdict: {trouble}"
                 )
-            self._trouble = trouble
-        if number == self.steps and any(self._shares):
-            share = sum(self._shares) / len(self._shares)
-            loop.say(f"{share:.1%} of the responses of {len(self._shares)} steps got no verdict")
+            counts.trouble = trouble
+        if number == self.steps and counts.shares:
+            loop.say(f"{counts.shares / number:.1%} of the responses of {number} steps got no verdict")
 
     def _warn(self, loop: Loop, number: int, values: dict[str, float]) -> None:
         """Say once what has gone on for some steps."""
-        unjudged = values["no_verdict"] > 0.5
-        self._flat = self._flat + 1 if values["groups_without_spread"] == 1.0 and not unjudged else 0
+        counts, unjudged = self.counts, values["no_verdict"] > 0.5
+        counts.flat = counts.flat + 1 if values["groups_without_spread"] == 1.0 and not unjudged else 0
         unfinished = self.evaluator.grader.config.unfinished  # a response that is kept may well have no end
-        self._cut_off = self._cut_off + 1 if values["finished"] < 0.5 and unfinished != "keep" else 0
-        self._unjudged = self._unjudged + 1 if unjudged else 0
-        if self._unjudged == PATIENCE:
+        counts.cut_off = counts.cut_off + 1 if values["finished"] < 0.5 and unfinished != "keep" else 0
+        counts.unjudged = counts.unjudged + 1 if unjudged else 0
+        if counts.unjudged == PATIENCE:
             functions = self.evaluator.grader.config.functions
             silent = [f.label for f in functions if f.weight and f"no_verdict_{f.label}" in values]
             loop.say(
                 f"{PATIENCE} steps to step {number}: {values['no_verdict']:.0%} of the responses got no verdict of "
-                f"{' or '.join(silent)}" + (f"; the last failure: {self._trouble}" if self._trouble else "")
+                f"{' or '.join(silent)}" + (f"; the last failure: {counts.trouble}" if counts.trouble else "")
             )
-        if self._flat == PATIENCE:
+        if counts.flat == PATIENCE:
             loop.say(
                 f"{PATIENCE} steps to step {number}: all responses to a question earned the same reward (mean "
                 f"{values['reward']:.3g}), so that nothing is learnt; read samples.jsonl: does the model ever answer "
                 "in the form that rewards.* read?"
             )
-        if self._cut_off == PATIENCE:
+        if counts.cut_off == PATIENCE:
             loop.say(
                 f"{PATIENCE} steps to step {number}: {1 - values['finished']:.0%} of the responses were cut off "
                 f"at sampling.max_new_tokens = {self.max_new_tokens}, and rewards.unfinished = {unfinished}: raise "

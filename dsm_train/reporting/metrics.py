@@ -61,6 +61,12 @@ class _JsonLines:
             self._file.write(json.dumps(json_safe(row), ensure_ascii=False, allow_nan=False) + "\n")
             self._file.flush()
 
+    def sync(self) -> int:
+        if not self._file:
+            return 0
+        os.fsync(self._file.fileno())
+        return os.fstat(self._file.fileno()).st_size
+
     def close(self) -> None:
         if self._file:
             self._file.close()
@@ -74,19 +80,35 @@ class Metrics:
     """Metrics of each step: a line of metrics.jsonl, and scalars under tensorboard/ if tensorboard is installed."""
 
     def __init__(self, folder: Path | None) -> None:
+        """Continue metrics.jsonl where there is one; tensorboard's files are written anew, with the same rows."""
         self._lines = _JsonLines(folder / "metrics.jsonl" if folder else None)
+        if folder:
+            shutil.rmtree(folder / "tensorboard", ignore_errors=True)
         self._tensorboard = _tensorboard_writer(folder / "tensorboard") if folder else None
+        if folder and self._tensorboard:
+            for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
+                row = json.loads(line)
+                self._draw(row.pop("step"), row.pop("phase"), row.pop("time"), row)
 
     def log(self, step: int, phase: str, values: Mapping[str, SupportsFloat]) -> None:
         """Append {"step", "phase", "time", ...values}; values may be 0-d tensors; NaN and infinities become null."""
         now = time.time()
         numbers = {name: float(value) for name, value in values.items()}
         self._lines.write({"step": step, "phase": phase, "time": round(now, 3)} | numbers)
-        if self._tensorboard:
-            for name, number in numbers.items():
-                group = phase if name in HEADLINES else f"{phase}_details"
-                self._tensorboard.add_scalar(f"{group}/{name}", number, step, wall_time=now)
-            self._tensorboard.flush()
+        self._draw(step, phase, now, numbers)
+
+    def _draw(self, step: int, phase: str, now: float, numbers: Mapping[str, float | None]) -> None:
+        if self._tensorboard is None:
+            return
+        for name, number in numbers.items():
+            group = phase if name in HEADLINES else f"{phase}_details"
+            value = math.nan if number is None else number
+            self._tensorboard.add_scalar(f"{group}/{name}", value, step, wall_time=now)
+        self._tensorboard.flush()
+
+    def sync(self) -> int:
+        """Have all rows on the disk; returns the size of metrics.jsonl."""
+        return self._lines.sync()
 
     def close(self) -> None:
         """Close the files."""
@@ -131,6 +153,10 @@ class Samples:
         for sample in samples:
             self._lines.write({"step": step} | asdict(sample))
 
+    def sync(self) -> int:
+        """Have all lines on the disk; returns the file's size."""
+        return self._lines.sync()
+
     def close(self) -> None:
         """Close the file."""
         self._lines.close()
@@ -143,18 +169,19 @@ class Progress:
         progress.step({"reward": 0.61})    # grpo 121/260  46 %  2:31 elapsed, 2:56 left  reward 0.61
     """
 
-    def __init__(self, label: str, total: int, stream: TextIO | None, interval: float = 10.0) -> None:
+    def __init__(self, label: str, total: int, stream: TextIO | None, interval: float = 10.0, done: int = 0) -> None:
+        """Begin with `done` of `total` steps done."""
         self._label, self._total, self._stream, self._interval = label, total, stream, interval
         self._start = self._last_step = time.perf_counter()
         self._last_line = -math.inf
         self._durations: deque[float] = deque(maxlen=50)
-        self._done = 0
+        self._first = self._done = done
         self._line = ""
 
     def step(self, values: Mapping[str, SupportsFloat]) -> None:
         """Count one more step done and show its values."""
         now = time.perf_counter()
-        if self._done == 1:
+        if self._done == self._first + 1:
             self._durations.clear()  # the first step also compiles and allocates: no measure of the others
         self._durations.append(now - self._last_step)
         self._done, self._last_step = self._done + 1, now

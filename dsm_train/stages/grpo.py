@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Any
 
 from dsm_train.cli import user_errors
 from dsm_train.configs import GrpoConfig
-from dsm_train.eval.evaluate import Evaluator
+from dsm_train.course import Course
+from dsm_train.eval.evaluate import Evaluator, Greedy
 from dsm_train.grpo import Algorithm, algorithm
 from dsm_train.megatron.step import TrainableModel
 from dsm_train.prepare import Questions, check_batch, check_record, prepare
+from dsm_train.reporting.folder import ROLLOUTS
 from dsm_train.reporting.journal import Journal
 from dsm_train.reporting.report import Report, learning_curve, write_report
+from dsm_train.rollout.book import Book
 from dsm_train.rollout.embedded import EmbeddedEngine
 from dsm_train.run import Job, start
 from dsm_train.supervise import supervise
@@ -41,19 +45,12 @@ def train_grpo(config: GrpoConfig) -> None:
         learnt: dict[str, Any] = {}
         if course is not None:
             supervise(job, questions, policy, evaluator)
-            learnt = {
-                "warmup_examples": len(course.examples),
-                "train_tasks": len(questions.tasks.train),
-                "warmup_accuracy_on_examples": evaluator.greedy_accuracy(
-                    course.examples.tasks[: len(heldout)], job.say
-                ),
-                "warmup_seconds": job.seconds(),
-            }
+            learnt |= job.once("warmup", lambda: after_warmup(job, questions, course, evaluator))
             policy.restart(config.optim, updates)
-        before = evaluator.greedy(heldout, job.say)
-        job.metrics.log(0, "grpo", {"heldout_accuracy": before.accuracy})
+        before = Greedy(**job.once("before", lambda: asdict(before_grpo(job, questions, evaluator))))
         reference = policy.frozen_copy() if algo.has_reference else None
-        reinforce(job, questions, algo, policy, reference, engine, journal(job, questions, algo, evaluator))
+        book = Book(job.out / ROLLOUTS, job.parallel, job.keeper.saved) if config.checkpoint.wanted else None
+        reinforce(job, questions, algo, policy, reference, engine, journal(job, questions, algo, evaluator), book)
         seconds = job.seconds()
         after = evaluator.greedy(heldout, job.say)
         job.metrics.log(config.steps, "grpo", {"heldout_accuracy": after.accuracy})
@@ -68,6 +65,24 @@ def train_grpo(config: GrpoConfig) -> None:
             learning_curve(job.out / "metrics.jsonl", job.out / "curve.png")
         accuracy = f"{before.accuracy:.3f} before GRPO, {after.accuracy:.3f} after"
         job.say(f"held-out accuracy {accuracy}, {seconds:.0f} s: {job.out}")
+
+
+def after_warmup(job: Job[GrpoConfig], questions: Questions, course: Course, evaluator: Evaluator) -> dict[str, Any]:
+    """Measure what the warm-up taught."""
+    tasks = course.examples.tasks[: len(questions.tasks.heldout)]
+    return {
+        "warmup_examples": len(course.examples),
+        "train_tasks": len(questions.tasks.train),
+        "warmup_accuracy_on_examples": evaluator.greedy_accuracy(tasks, job.say),
+        "warmup_seconds": job.seconds(),
+    }
+
+
+def before_grpo(job: Job[GrpoConfig], questions: Questions, evaluator: Evaluator) -> Greedy:
+    """Measure and log the accuracy that reinforcement learning starts from."""
+    before = evaluator.greedy(questions.tasks.heldout, job.say)
+    job.metrics.log(0, "grpo", {"heldout_accuracy": before.accuracy})
+    return before
 
 
 def journal(job: Job[GrpoConfig], questions: Questions, algo: Algorithm, evaluator: Evaluator) -> Journal:

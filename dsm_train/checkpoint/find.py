@@ -1,0 +1,128 @@
+"""The checkpoint to continue from: the newest that is whole."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+from dsm_train.checkpoint.place import SUMS, NewerFormat, Place
+from dsm_train.megatron.checkpoint import sha256
+from dsm_train.megatron.parallel import Parallel
+
+FOLDER = "checkpoints"
+"""Folder of a run's checkpoints, within that of the run."""
+WRITING = ".writing"
+"""End of the name of one that is not finished; its begin is a dot."""
+
+
+@dataclass(frozen=True)
+class Found:
+    """Checkpoint that is whole."""
+
+    folder: Path
+    place: Place
+    skipped: tuple[str, ...] = ()
+    """Lines about newer ones that are not."""
+
+
+def checkpoints(run: Path) -> list[Path]:
+    """List a run's checkpoints that were finished, the oldest first; whole or not."""
+    folder = run / FOLDER
+    if not folder.is_dir():
+        return []
+    return sorted(path for path in folder.iterdir() if path.is_dir() and path.name[:1].isdigit())
+
+
+def unfinished(run: Path) -> list[Path]:
+    """List what was being written when a run ended."""
+    return sorted((run / FOLDER).glob(f".*{WRITING}"))
+
+
+def newest(run: Path, parallel: Parallel) -> Found | None:
+    """Find the newest checkpoint of a run that is whole; None where there is none at all. Collective.
+
+    Raises `ValueError` when there are checkpoints and none is whole, or one is of a later version.
+    """
+    candidates, begun = parallel.from_main((checkpoints(run), unfinished(run)))
+    skipped = [f"skipped {path}: it was being written when the run ended" for path in begun]
+    for folder in reversed(candidates):
+        try:
+            place = check(folder, parallel)
+        except NewerFormat:
+            raise
+        except ValueError as error:
+            skipped.append(f"skipped {folder}: {error}")
+            continue
+        return Found(folder, place, tuple(skipped))
+    if candidates:
+        raise ValueError(
+            f"run.out: no checkpoint of {run} is whole ({'; '.join(skipped)}): begin anew with run.resume=never, which "
+            "moves that run aside"
+        )
+    return None
+
+
+def named(path: Path, parallel: Parallel) -> Found:
+    """Find the checkpoint that the user named: its folder, or that of a run, of which the newest is taken. Collective.
+
+    Raises `ValueError` for a folder that is neither, or not whole.
+    """
+    exists, is_run = parallel.from_main((path.is_dir(), (path / FOLDER).is_dir()))
+    if not exists:
+        raise ValueError(f"run.resume = {path} is no folder: name a checkpoint, a run's folder, auto or never")
+    if is_run:
+        found = newest(path, parallel)
+        if found is None:
+            raise ValueError(f"run.resume = {path} is a run without checkpoints")
+        return found
+    try:
+        return Found(path, check(path, parallel))
+    except NewerFormat:
+        raise
+    except ValueError as error:
+        raise ValueError(f"run.resume = {path} is no checkpoint, or damaged: {error}") from error
+
+
+def check(folder: Path, parallel: Parallel) -> Place:
+    """Read a checkpoint's place, and compare every file with its checksum; ranks share them out. Collective.
+
+    Raises `ValueError` on all ranks with what is wrong.
+    """
+    try:
+        place, reason = Place.read(folder), None
+        reason = _wrong_file(folder, parallel)
+    except ValueError as error:
+        place, reason = None, error
+    reasons = [found for found in parallel.gather_over_ranks(reason) if found is not None]
+    if reasons:
+        raise reasons[0] if isinstance(reasons[0], NewerFormat) else ValueError(str(reasons[0]))
+    assert place is not None
+    return place
+
+
+def _wrong_file(folder: Path, parallel: Parallel) -> ValueError | None:
+    """Compare this rank's share of the files."""
+    try:
+        lines = (folder / SUMS).read_text(encoding="utf-8").splitlines()
+        sums = {name: digest for digest, name in (line.split("  ", 1) for line in lines)}
+    except FileNotFoundError:
+        return ValueError(f"{SUMS} is missing")
+    except (OSError, ValueError):
+        return ValueError(f"{SUMS} cannot be read")
+    for name in sorted(sums)[parallel.rank :: parallel.world_size]:
+        parallel.watchdog.beat()
+        try:
+            if sha256(folder / name) != sums[name]:
+                return ValueError(f"{name} is damaged or cut off: it is not what was written")
+        except FileNotFoundError:
+            return ValueError(f"{name} is missing")
+        except OSError as error:
+            return ValueError(f"{name} cannot be read: {error.strerror}")
+    return None
+
+
+def remove(folder: Path) -> None:
+    """Remove a checkpoint; half of it is none: the checksums go first."""
+    (folder / SUMS).unlink(missing_ok=True)
+    shutil.rmtree(folder, ignore_errors=True)

@@ -1,0 +1,105 @@
+"""The begin of a run: anew, or where a checkpoint stands."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dsm_train.checkpoint.find import Found, checkpoints, named, newest, remove, unfinished
+from dsm_train.checkpoint.identity import differing, rounding, told
+from dsm_train.config import RunConfig
+from dsm_train.megatron.parallel import Parallel
+from dsm_train.reporting.folder import ROLLOUTS, STATE, RunFolder
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Begin of a run."""
+
+    identity: Mapping[str, str]
+    """Identity of the run, on all ranks the same."""
+    found: Found | None = None
+    """Checkpoint to continue from; None: the run begins at its first step."""
+    same: bool = False
+    """True when the run that the folder holds is continued or begun again: its recorded rollouts are this run's."""
+    notes: tuple[str, ...] = ()
+
+
+def choose(run: RunConfig, folder: RunFolder | None, identity: Mapping[str, str], parallel: Parallel) -> Origin:
+    """Choose where the run begins, as run.resume says; folder: the main rank's. Collective.
+
+    Raises `ValueError` on all ranks for a run of another configuration, and for checkpoints of which none is whole.
+    """
+    about = None if folder is None else (folder.path, folder.unfinished, folder.identity)
+    about = parallel.from_main(about)
+    assert about is not None
+    path, holds, then = about
+    _check_shared(path, parallel)
+    if run.resume == "never":
+        return Origin(identity)
+    if run.resume != "auto":
+        found = named(Path(run.resume), parallel)
+        _check_same(f"run.resume = {run.resume} is of", found.place.identity, identity, "choose another checkpoint")
+        same = parallel.from_main(found.folder.parent.parent.resolve() == path.resolve())
+        if holds and not same:
+            raise ValueError(
+                f"run.out: {path} holds an unfinished run, and run.resume that of another: choose another run.out"
+            )
+        return Origin(identity, found, same, _notes(found, identity))
+    if not holds or not then:
+        return Origin(identity)
+    if run.overwrite and differing(then, identity):
+        return Origin(identity, notes=(f"the unfinished run in {path} had another configuration, and is moved aside",))
+    remedy = "set them back, choose another run.out, or begin anew with run.resume=never, which moves that run aside"
+    _check_same(f"run.out: {path} holds an unfinished run of", then, identity, remedy)
+    found = newest(path, parallel)
+    if found is None:
+        note = f"the unfinished run in {path} has no checkpoint yet: it begins again, and its records are moved aside"
+        return Origin(identity, same=True, notes=(note,))
+    return Origin(identity, found, True, _notes(found, identity))
+
+
+def begin(folder: RunFolder, origin: Origin, **state: Any) -> list[str]:
+    """Prepare the folder for the run that begins; for the main rank. Returns lines for the user."""
+    state["identity"] = dict(origin.identity)
+    if origin.found is None:
+        folder.begin(keep=(ROLLOUTS,) if origin.same else (), **state)
+        return list(origin.notes)
+    place, source = origin.found.place, origin.found.folder.parent.parent
+    notes = folder.resume(place.metrics_bytes, place.samples_bytes, None if origin.same else source, **state)
+    for path in unfinished(folder.path):
+        remove(path)
+    if origin.same:  # those of later steps, where the user went back
+        for path in checkpoints(folder.path):
+            if path.name > place.name and not any(str(path) in line for line in origin.found.skipped):
+                remove(path)
+    return [*origin.notes, *notes]
+
+
+def _notes(found: Found, now: Mapping[str, str]) -> tuple[str, ...]:
+    then = found.place.identity
+    keys = rounding(then, now)
+    lines = [*found.skipped, f"continued from {found.folder}: {found.place}"]
+    if keys:
+        lines.append(f"equal to rounding to a run that was not interrupted, not bit for bit: {told(keys, then, now)}")
+    if then.get("the version") != now.get("the version"):
+        lines.append(f"the checkpoint was written by dsm {then.get('the version')}")
+    return tuple(lines)
+
+
+def _check_same(whose: str, then: Mapping[str, str], now: Mapping[str, str], remedy: str) -> None:
+    keys = differing(then, now)
+    if keys:
+        raise ValueError(f"{whose} another configuration ({told(keys, then, now)}): {remedy}")
+
+
+def _check_shared(path: Path, parallel: Parallel) -> None:
+    """Raise `ValueError` unless all ranks see the run's folder, as each writes its part of a checkpoint."""
+    sees = parallel.gather_over_ranks((path / STATE).exists())
+    if not all(sees):
+        raise ValueError(
+            f"run.out: rank {sees.index(False)} does not see {path.absolute()}, where every rank writes its part of a "
+            "checkpoint: choose a folder on a disk that all nodes share"
+        )
