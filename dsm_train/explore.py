@@ -32,7 +32,7 @@ def explore(
         return tasks, recorded
     prompts = [Prompt(task.id, questions.format.prompt(task), n) for task, n in zip(tasks, times, strict=True)]
     rollouts = engine.generate(prompts, config.algorithm.group_size, config.sampling, step=step)
-    if book is not None:
+    if book is not None and config.rewards.calls:  # functions of the user's may take long, or fail
         book.keep(step, rollouts)
     return tasks, rollouts
 
@@ -49,7 +49,7 @@ def grade(
     """Reward each response, unless it was when it was recorded. Collective."""
     if rollouts.reward_S is None:
         rollouts = with_rewards(rollouts, verdicts(rollouts, tasks, questions.tokenizer, questions.grader, parallel))
-        if book is not None:  # functions of the user's need not say the same twice
+        if book is not None:  # such functions need not say the same twice
             book.keep(step, rollouts)
     return shuffle_rewards(rollouts, config.run.seed, step) if config.algorithm.shuffle_rewards else rollouts
 
