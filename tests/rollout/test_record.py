@@ -13,7 +13,7 @@ from torch import Tensor
 
 from dsm_train.megatron.parallel import Parallel
 from dsm_train.prepare import check_record
-from dsm_train.rollout.record import read_rollouts, write_rollouts
+from dsm_train.rollout.record import SupervisedBatch, read_batch, read_rollouts, write_rollouts, write_supervised
 from dsm_train.types import Rollouts, Sequences, offsets
 
 
@@ -58,6 +58,22 @@ def test_round_trip_is_bitwise(tmp_path: Path, layout: Parallel) -> None:
     write_rollouts(tmp_path / "new" / "step.parquet", rollouts(), layout)
     assert_same(read_rollouts(tmp_path / "new" / "step.parquet"), rollouts())
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["step.parquet"]  # nothing unfinished is left
+
+
+def test_a_supervised_batch_is_read_as_it_was_written(tmp_path: Path) -> None:
+    learnt_T = torch.tensor([True, False, True, True, False, True])
+    batch = SupervisedBatch(Sequences.from_lists([[5], [6, 7], [2**40]], [[1, 2, 3], [4], [5, 6]]), learnt_T)
+    path = tmp_path / "new" / "step.parquet"
+    write_supervised(path, batch)
+    read = read_batch(path)
+    assert isinstance(read, SupervisedBatch)
+    assert_same(read, batch)
+    assert pq.read_table(path).to_pylist()[2] == {
+        "group": 2, "prompt_token": [2**40], "response_token": [5, 6], "learnt": [False, True],
+    }  # fmt: skip
+    assert batch.take(torch.tensor([2, 0])).learnt_T.equal(learnt_T[[4, 5, 0, 1, 2]])
+    with pytest.raises(ValueError, match="holds a supervised batch, no rollouts: record some with"):
+        read_rollouts(path)
 
 
 def test_what_was_never_computed_stays_so(tmp_path: Path, layout: Parallel) -> None:
