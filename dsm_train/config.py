@@ -227,6 +227,9 @@ class OptimConfig:
     """Adam's epsilon."""
     clip_grad: float = 1.0
     """Clip the global gradient norm to this; 0 turns clipping off."""
+    not_finite: Literal["stop", "skip"] = "stop"
+    """On a loss or gradient norm of NaN or infinity, before weights change and with the batch recorded in run.out:
+    stop, or skip the optimizer step and go on, up to 10 times in a row."""
 
     def __post_init__(self) -> None:
         above(0, self, "lr", "eps")

@@ -36,13 +36,19 @@ class StepResult:
     lr: float
     stats: Stats
 
+    @property
+    def is_finite(self) -> bool:
+        """True when loss and gradient norm are finite; the step was not made otherwise."""
+        return math.isfinite(self.loss) and math.isfinite(self.grad_norm)
+
 
 def update(
     policy: TrainableModel, rollouts: Rollouts, algo: Algorithm, sampling: SamplingConfig, packer: Packer
 ) -> list[StepResult]:
     """Make mu passes over the rollouts, each in as many optimizer steps as there are minibatches.
 
-    Rollouts without any verdict, over all replicas, make none: momentum and weight decay would move the policy.
+    Rollouts without any verdict, over all replicas, make none: momentum and weight decay would move the policy. A step
+    whose loss or gradient is not finite is not made, and none after it where the policy gives up.
 
     The micro-batches of scoring are not reused: balancing moves responses to other replicas.
     """
@@ -53,7 +59,12 @@ def update(
     for sequences, rows in minibatches(rollouts, algo, sampling.max_new_tokens, policy.parallel):
         sequences, rows = balance(sequences, rows, packer.cost(sequences), policy.parallel)
         work.append((packer.pack(sequences), PolicyLoss(rows, algo.objective, sampling.temperature)))
-    return [optimizer_step(policy, *part) for _ in range(algo.epochs) for part in work]
+    results: list[StepResult] = []
+    for part in work * algo.epochs:
+        results.append(optimizer_step(policy, *part))
+        if policy.gives_up:
+            break
+    return results
 
 
 def minibatches(
@@ -104,12 +115,14 @@ def advantages(reward_S: Tensor, group_cu: Tensor, algo: Algorithm, parallel: Pa
 def optimizer_step(
     model: TrainableModel, micro_batches: Sequence[MicroBatch], loss: PolicyLoss | SupervisedLoss
 ) -> StepResult:
-    """Run forward, backward, reduction, clipping and update; the result covers the whole step, on every rank."""
+    """Run forward, backward, reduction, clipping and update; the result covers the whole step, on every rank.
+
+    No update is made where loss or gradient norm, over all ranks, is not finite.
+    """
     lr = model.learning_rate
     outputs = model.forward_backward(micro_batches, loss)
-    grad_norm = model.optimizer_step()
     total, stats = whole_step(outputs, loss.names, model.parallel)
-    return StepResult(total, grad_norm, lr, stats)
+    return StepResult(total, model.optimizer_step(total), lr, stats)
 
 
 def whole_step(outputs: Sequence[LossOutput], names: Names, parallel: Parallel) -> tuple[float, Stats]:
@@ -137,22 +150,29 @@ def _numbers(loss: Tensor, stats: Stats, names: Names) -> Tensor:
     return torch.stack([value.detach().float() for value in values])
 
 
+def skipped_metric(results: Sequence[StepResult]) -> dict[str, float]:
+    """Count the optimizer steps that were not made, as loss or gradient was not finite; {} where all were."""
+    skipped = sum(not result.is_finite for result in results)
+    return {"skipped": float(skipped)} if skipped else {}
+
+
 def step_metrics(results: Sequence[StepResult]) -> dict[str, float]:
-    """Average one exploration stage's optimizer steps; extremes of the ratio.
+    """Average one exploration stage's optimizer steps, those that were made; extremes of the ratio.
 
     NaN for what was not measured, as no response had anything to teach.
     """
-    count = len(results)
-    measured = [r.stats for r in results if r.stats.tokens]
+    made = [r for r in results if r.is_finite]
+    measured = [r.stats for r in made if r.stats.tokens]
     means = {
         name: sum(stats.mean(name) for stats in measured) / len(measured) if measured else math.nan
         for name in ("kl", "entropy", "ratio", "log_ratio", "clipped_low", "clipped_high")
     }
     return {
-        "loss": sum(r.loss for r in results) / count if results else math.nan,
-        "grad_norm": sum(r.grad_norm for r in results) / count if results else math.nan,
+        "loss": sum(r.loss for r in made) / len(made) if made else math.nan,
+        "grad_norm": sum(r.grad_norm for r in made) / len(made) if made else math.nan,
         "lr": results[-1].lr if results else math.nan,
         **means,
         "ratio_max": max((float(stats.maxima["ratio"]) for stats in measured), default=math.nan),
         "ratio_min": min((float(stats.minima["ratio"]) for stats in measured), default=math.nan),
+        **skipped_metric(results),
     }

@@ -42,6 +42,9 @@ OutputT = TypeVar("OutputT", bound=Differentiable)
 ResultT = TypeVar("ResultT")
 Loss = Callable[[Any, MicroBatch], OutputT]
 """A loss of a head and a micro-batch, already normalised over the whole optimizer step."""
+MOST_SKIPPED = 10
+"""Optimizer steps that may be skipped in a row. A batch that breaks the arithmetic is rare: after ten, in each of which
+nothing was learnt, it is the weights that are broken, and no batch will ever be learnt again."""
 
 
 class Model:
@@ -231,6 +234,7 @@ class TrainableModel(Model):
     def restart(self, optim: OptimConfig, total_steps: int) -> None:
         """Make a fresh optimizer and schedule for `total_steps` more steps; the weights stay."""
         layout, megatron = self.parallel.config, self.chunks[0].config
+        self.optim, self.skipped = optim, 0
         self.optimizer = get_megatron_optimizer(
             OptimizerConfig(
                 optimizer="adam",
@@ -293,19 +297,35 @@ class TrainableModel(Model):
                 shards = list(bucket.grad_data.chunk(self.parallel.dp_size))
                 dist.all_gather(shards, shards[self.parallel.dp_rank].clone(), group=self.parallel.groups.dp)
 
-    def optimizer_step(self) -> float:
+    def optimizer_step(self, loss: float = 0.0) -> float:
         """Clip, update, advance the schedule; returns the global gradient norm before clipping.
 
-        Raises `FloatingPointError` when the norm is not finite: the weights are left as they were.
+        loss: the whole step's, the same on every rank. Unless it and the norm are finite, nothing is done but counted
+        in `skipped`: without loss scaling, upstream's step would write NaN into weights and moments.
         """
-        self.optimizer.prepare_grads()
-        norm = float(self.optimizer.get_grad_norm())
-        if not math.isfinite(norm):  # without loss scaling, upstream's step would write it into the weights
-            raise FloatingPointError(f"the gradient norm is {norm} at optimizer step {self.steps}")
+        norm = self._grad_norm()
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            self.skipped += 1
+            return norm
         self.optimizer.step()
         self.schedule.step(increment=1)
         self.steps += 1
+        self.skipped = 0
         return norm
+
+    def _grad_norm(self) -> float:
+        """Compute the global gradient norm; every rank gets one that is not finite if any rank has. Collective."""
+        self.optimizer.prepare_grads()
+        norm = float(self.optimizer.get_grad_norm())
+        # Upstream reduces over the ranks that share the weights, or over all with the distributed optimizer: replicas
+        # have the same gradient, so the same norm, unless one of them is broken. The others must not go on alone.
+        total = float(self.parallel.all_reduce(torch.tensor(norm, dtype=torch.float64)))
+        return norm if math.isfinite(total) else total
+
+    @property
+    def gives_up(self) -> bool:
+        """True when training is to stop, as the last optimizer step was not made."""
+        return self.skipped >= (MOST_SKIPPED if self.optim.not_finite == "skip" else 1)
 
     @property
     def learning_rate(self) -> float:

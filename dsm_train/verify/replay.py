@@ -60,9 +60,9 @@ class Witness(TrainableModel):
         self._step["apart"] = weights.difference_of_copies(self.chunks, self.parallel, weights.gradient)
         return outputs
 
-    def optimizer_step(self) -> float:
+    def optimizer_step(self, loss: float = 0.0) -> float:
         """Keep the updated weights."""
-        norm = super().optimizer_step()
+        norm = super().optimizer_step(loss)
         apart = torch.tensor([self._step["apart"], weights.difference_of_copies(self.chunks, self.parallel)])
         after = weights.gather_full(self.chunks, self.parallel)
         self.witnessed.append(Witnessed(**self._step | {"after": after, "apart": float(apart.max())}))

@@ -198,7 +198,7 @@ class Tampering(TrainableModel):
                 weights.gradient(parameter).mul_(1.01)
         return outputs
 
-    def optimizer_step(self) -> float:
+    def optimizer_step(self, loss: float = 0.0) -> float:
         """Put the fault into the update.
 
         `idle`: nothing is updated. `moments`: another decay of the second moment. `schedule`: two steps at once.
@@ -209,7 +209,7 @@ class Tampering(TrainableModel):
         if self.fault == "moments":
             for group in self.optimizer.param_groups:
                 group["betas"] = (group["betas"][0], 0.5)
-        norm = super().optimizer_step()
+        norm = super().optimizer_step(loss)
         if self.fault == "schedule":
             self.schedule.step(increment=1)
         return norm

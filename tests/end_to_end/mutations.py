@@ -152,10 +152,10 @@ def accumulate(patch: Patch) -> None:
 def forget(patch: Patch) -> None:
     """Begin every update with moments of 0."""
 
-    def around(original: Callable[..., float], model: TrainableModel) -> float:
+    def around(original: Callable[..., float], model: TrainableModel, *args: Any) -> float:
         for optimizer in getattr(model.optimizer, "chained_optimizers", [model.optimizer]):
             optimizer.optimizer.state.clear()
-        return original(model)
+        return original(model, *args)
 
     wrap(patch, TrainableModel, "optimizer_step", around)
 

@@ -21,7 +21,7 @@ from dsm_train.losses import LossOutput, Names, PolicyLoss, Stats, SupervisedLos
 from dsm_train.megatron import platform, weights
 from dsm_train.megatron.heads import LanguageHead
 from dsm_train.megatron.parallel import Parallel
-from dsm_train.megatron.step import TrainableModel
+from dsm_train.megatron.step import MOST_SKIPPED, TrainableModel
 from dsm_train.packing.microbatch import MicroBatch, pack, repeat_prompts
 from dsm_train.rows import Rows
 from dsm_train.types import Sequences, offsets
@@ -248,24 +248,44 @@ def test_learning_rates(optim: OptimConfig, expected: list[float], layout: Paral
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 @pytest.mark.parametrize("clip_grad", [1.0, 0.0])
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_a_gradient_that_is_not_finite_raises_before_weights_change(
-    value: float, clip_grad: float, dtype: str, layout: Parallel
+@pytest.mark.parametrize("where", ["gradient", "loss"])
+def test_an_optimizer_step_that_is_not_finite_was_never_made(
+    where: str, value: float, clip_grad: float, dtype: str, layout: Parallel
 ) -> None:
-    policy = tiny.trainable(layout, replace(tiny.MODEL, dtype=dtype), OptimConfig(lr=1e-2, clip_grad=clip_grad))
+    """Weights, moments and schedule after it and another step are those of that other step alone, to the bit."""
+    optim = OptimConfig(lr=1e-2, clip_grad=clip_grad, weight_decay=0.1, warmup_steps=3)
+    policy, plain = (tiny.trainable(layout, replace(tiny.MODEL, dtype=dtype), optim) for _ in range(2))
     micro_batches = pack(SEQUENCES, 16, platform.device())
-    policy.forward_backward(micro_batches, sum_of_logprobs())
+    for model in (policy, policy, plain):
+        model.forward_backward(micro_batches, sum_of_logprobs())
+        if model is policy and policy.steps == 1:
+            before = tiny.full_weights(policy.chunks)
+            if where == "gradient":
+                next(p for _, p in weights.named_weights(policy.chunks)).main_grad[3, 3] = value
+            assert math.isfinite(policy.optimizer_step(value if where == "loss" else 0.0)) == (where == "loss")
+            assert policy.skipped == 1 and policy.gives_up
+            after = tiny.full_weights(policy.chunks)
+            assert all(torch.equal(before[name], after[name]) for name in before) and policy.steps == 1
+        else:
+            model.optimizer_step()
+    for model in (policy, plain):
+        model.forward_backward(micro_batches, sum_of_logprobs())
+        model.optimizer_step()
+    assert policy.steps == plain.steps == 2 and policy.skipped == 0 and not policy.gives_up
+    assert policy.learning_rate == plain.learning_rate
+    for name, weight in tiny.full_weights(plain.chunks).items():
+        assert torch.equal(tiny.full_weights(policy.chunks)[name], weight), name
+
+
+def test_skipping_for_ever_is_no_training(layout: Parallel) -> None:
+    policy = tiny.trainable(layout, optim=OptimConfig(lr=1e-3, not_finite="skip"))
+    policy.forward_backward(pack(SEQUENCES, 1000, platform.device()), sum_of_logprobs())
+    for _ in range(MOST_SKIPPED):
+        assert not policy.gives_up
+        policy.optimizer_step(math.nan)
+    assert policy.gives_up and policy.steps == 0
     policy.optimizer_step()
-    before = tiny.full_weights(policy.chunks)
-    policy.forward_backward(micro_batches, sum_of_logprobs())
-    next(p for _, p in weights.named_weights(policy.chunks)).main_grad[3, 3] = value
-    with pytest.raises(FloatingPointError, match="gradient norm is (nan|inf) at optimizer step 1"):
-        policy.optimizer_step()
-    after = tiny.full_weights(policy.chunks)
-    assert all(torch.equal(before[name], after[name]) for name in before) and policy.steps == 1
-    # and it can go on: the bad gradient is in no moment
-    policy.forward_backward(micro_batches, sum_of_logprobs())
-    policy.optimizer_step()
-    assert all(bool(x.isfinite().all()) for x in tiny.full_weights(policy.chunks).values())
+    assert not policy.gives_up
 
 
 def test_restarting_leaves_nothing_of_the_old_optimizer(layout: Parallel) -> None:
