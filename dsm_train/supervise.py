@@ -10,19 +10,21 @@ from torch import Tensor
 
 from dsm_train.balance import deal
 from dsm_train.checkpoint.keeper import State
-from dsm_train.configs import StageConfig
+from dsm_train.configs import GrpoConfig, StageConfig
 from dsm_train.data.source import readable
 from dsm_train.eval.evaluate import Evaluator
 from dsm_train.examples import Examples
 from dsm_train.losses import SupervisedLoss
 from dsm_train.megatron.parallel import Parallel
 from dsm_train.megatron.step import Model, TrainableModel
+from dsm_train.not_finite import Guard
 from dsm_train.packing.microbatch import MicroBatch
 from dsm_train.packing.packer import Packer
 from dsm_train.prepare import Questions
+from dsm_train.rollout.record import SupervisedBatch
 from dsm_train.run import Job
 from dsm_train.types import Sequences
-from dsm_train.update import optimizer_step
+from dsm_train.update import optimizer_step, skipped_metric
 
 SHOWN = {"loss": "loss", "heldout_loss": "held-out loss", "heldout_accuracy": "accuracy"}
 
@@ -33,14 +35,16 @@ def supervise(
     """Train through the prepared course; returns the last step's metrics, with those of the held-out tasks."""
     course, parallel, every = questions.course, job.parallel, job.config.eval.every
     assert course is not None, "a stage with supervised training prepares it"
-    packer = job.packer()
+    packer, section = job.packer(), "warmup" if isinstance(job.config, GrpoConfig) else "sft"
+    guard = Guard(model, job.out, "sft", f"{section}.optim.not_finite")
     watched = readable(questions.tasks.heldout[: job.config.eval.tasks], questions.grader)
     with job.loop("sft", course.steps, State({"policy": model})) as loop:
         for step in loop:
             with loop.phase("update"):
                 batch, learnt_T = course.batch(step)
                 result = optimizer_step(model, *share(batch, learnt_T, packer, parallel))
-            values = {"loss": result.loss, "grad_norm": result.grad_norm, "lr": result.lr}
+            guard.check(step, [result], SupervisedBatch(batch, learnt_T), loop.say)
+            values = {"loss": result.loss, "grad_norm": result.grad_norm, "lr": result.lr, **skipped_metric([result])}
             values |= {"epoch": course.cuts[step + 1] / len(course.examples), "learnt_tokens": result.stats.tokens}
             if (every and (step + 1) % every == 0) or step + 1 == course.steps:
                 if len(course.heldout):

@@ -7,6 +7,7 @@ from dsm_train.configs import GrpoConfig
 from dsm_train.explore import explore, grade, with_logprobs
 from dsm_train.grpo import Algorithm
 from dsm_train.megatron.step import Model, TrainableModel
+from dsm_train.not_finite import Guard
 from dsm_train.prepare import Questions
 from dsm_train.reporting.journal import Journal
 from dsm_train.rollout.book import Book
@@ -31,6 +32,7 @@ def reinforce(
     """
     config, packer, parallel = job.config, job.packer(), job.parallel
     renew, sampling = config.algorithm.reference_every, config.sampling
+    guard = Guard(policy, job.out, "grpo", "optim.not_finite")
     models = {"policy": policy} if reference is None else {"policy": policy, "reference": reference}
     with job.loop("grpo", config.steps, State(models, journal.counts)) as loop:
         for step in loop:
@@ -46,4 +48,5 @@ def reinforce(
                 )
             with loop.phase("update"):
                 results = update(policy, rollouts, algo, sampling, packer)
+            guard.check(step, results, rollouts, loop.say)
             journal.log(loop, step, tasks, rollouts, results)
