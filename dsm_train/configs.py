@@ -238,7 +238,8 @@ class VerifyStepConfig(StageConfig):
     """Stage `verify-step`: one optimizer step of a batch in this layout, compared with the same step elsewhere."""
 
     batch: Path | None = None
-    """Rollouts that grpo record=FILE wrote; the whole file is one optimizer step."""
+    """Rollouts that grpo record=FILE wrote, an exploration stage, or a batch that was not finite (not-finite-*.parquet
+    of any stage that trains)."""
     synthetic: bool = False
     """Take a made-up batch instead that reaches every term of the loss: off-policy, clipped on both sides, ragged."""
     layers: int | None = None
@@ -258,6 +259,7 @@ class VerifyStepConfig(StageConfig):
 
     unheeded: ClassVar[Mapping[str, str]] = {
         "eval": "it evaluates nothing",
+        "optim.not_finite": "it says what is not finite, and goes on",
         "rewards": "the rewards are those that were recorded",
         "run.overwrite": "it keeps no run",
         "run.resume": "it keeps no run",
@@ -267,6 +269,3 @@ class VerifyStepConfig(StageConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         at_least(1, self, "layers")
-        require(
-            self.sampling.temperature > 0, "sampling.temperature", "above 0, as in training", self.sampling.temperature
-        )

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from dsm_train.cli import parse_section, user_errors
-from dsm_train.config import ModelConfig, OptimConfig, ParallelConfig
+from dsm_train.config import ModelConfig, OptimConfig, ParallelConfig, require
 from dsm_train.configs import VerifyStepConfig
 from dsm_train.grpo import Algorithm, algorithm
 from dsm_train.megatron import parallel, platform
@@ -19,11 +19,13 @@ from dsm_train.megatron.weights import ModelSpec
 from dsm_train.packing.microbatch import sequence_lengths
 from dsm_train.packing.packer import Packer
 from dsm_train.prepare import check_batch, prepare
-from dsm_train.rollout.record import read_rollouts
-from dsm_train.types import Rollouts
+from dsm_train.rollout.record import SupervisedBatch, read_batch
+from dsm_train.types import Rollouts, Sequences
 from dsm_train.verify.comparison import TOLERANCES, Replayed, compare, table
+from dsm_train.verify.finite import broken_values, not_finite
 from dsm_train.verify.replay import Replay
 from dsm_train.verify.synthetic import synthetic_rollouts
+from triton_kernels import Objective
 
 PROG = "dsm-train verify-step"
 SYNTHETIC_ENTROPY, SYNTHETIC_DECAY = 0.01, 0.1
@@ -43,6 +45,9 @@ def verify_step(config: VerifyStepConfig) -> None:
     there = replay_reference(plan, ranks)
     if there is None:
         return
+    if (found := not_finite(here, there, *titles, plan.replay.batches[0])) is not None:
+        print(found, flush=True)
+        raise SystemExit(1)
     lines = compare(here, there, TOLERANCES[plan.config.model.dtype])
     print(table(lines, here, there, *titles), flush=True)
     if not all(line.holds for line in lines):
@@ -67,7 +72,7 @@ class Plan:
 
         A mistake that depends on their number shows, and one made where responses share a prompt.
         """
-        budget = max(half_budget(batch, self.config.run.max_tokens) for batch in self.replay.batches)
+        budget = max(half_budget(batch.sequences, self.config.run.max_tokens) for batch in self.replay.batches)
         return self._packer(ranks, budget, share_prompts=False)
 
     def _packer(self, ranks: Parallel, max_tokens: int, share_prompts: bool) -> Packer:
@@ -84,9 +89,14 @@ def make_plan(config: VerifyStepConfig) -> Plan:
     """Read and check everything that was asked for; raises `ValueError` with the remedy."""
     if config.synthetic == (config.batch is not None):
         raise ValueError("give one of batch=FILE, which dsm-train grpo record=FILE writes, and --synthetic")
+    recorded = None if config.batch is None else read_batch(config.batch)
     if config.synthetic and config.algorithm.entropy_coef is None:
         config = replace(config, algorithm=replace(config.algorithm, entropy_coef=SYNTHETIC_ENTROPY))
-    algo = algorithm(config.algorithm, config.rewards)
+    if isinstance(recorded, SupervisedBatch):
+        algo = Algorithm(Objective(kl_coef=0.0))  # one update without a reference; its loss is not asked for
+    else:
+        algo, temperature = algorithm(config.algorithm, config.rewards), config.sampling.temperature
+        require(temperature > 0, "sampling.temperature", "above 0, as in training", temperature)
     if config.shuffle and algo.minibatches > 1:
         raise ValueError("shuffle would put other groups into each minibatch: set algorithm.minibatches=1 beside it")
     config, _ = prepare(config, None)
@@ -106,7 +116,7 @@ def make_plan(config: VerifyStepConfig) -> Plan:
         algo,
         config.sampling,
         verified_optim(config.optim, config.synthetic),
-        batches(config, algo, head.vocab_size),
+        batches(config, algo, recorded, head.vocab_size),
         config.run.seed if config.shuffle else None,
     )
     if algo.minibatches > 1:
@@ -116,12 +126,15 @@ def make_plan(config: VerifyStepConfig) -> Plan:
     return Plan(config, replay, reference)
 
 
-def batches(config: VerifyStepConfig, algo: Algorithm, vocab_size: int) -> list[Rollouts]:
-    """Read the recorded batch, which every exploration stage replays, or make one for each."""
-    if config.batch is not None:
-        rollouts = read_rollouts(config.batch)
-        check_batch_fits(rollouts, config, algo, vocab_size)
-        return [rollouts] * config.verify.steps
+def batches(
+    config: VerifyStepConfig, algo: Algorithm, recorded: Rollouts | SupervisedBatch | None, vocab_size: int
+) -> list[Rollouts | SupervisedBatch]:
+    """Check the recorded batch, which every exploration stage replays, or make one for each."""
+    if recorded is not None:
+        if isinstance(recorded, Rollouts):
+            check_rollouts(recorded, f"batch {config.batch}", algo)
+        check_fits(recorded.sequences, f"batch {config.batch}", config, vocab_size)
+        return [recorded] * config.verify.steps
     longest = min(config.model.max_length, config.run.max_tokens)
     return [synthetic_rollouts(vocab_size, longest, config.run.seed + number) for number in range(config.verify.steps)]
 
@@ -129,26 +142,31 @@ def batches(config: VerifyStepConfig, algo: Algorithm, vocab_size: int) -> list[
 def verified_optim(optim: OptimConfig, synthetic: bool) -> OptimConfig:
     """Scale a small learning rate up to `LEAST_RATE`, its schedule in proportion, so that the update can be compared.
 
-    A made-up batch comes with weight decay, so that every term of the update is reached.
+    A made-up batch comes with weight decay, so that every term of the update is reached. A step that is not finite ends
+    no replay: both layouts have as many.
     """
     scale = max(1.0, LEAST_RATE / optim.lr)
-    optim = replace(optim, lr=optim.lr * scale, min_lr=optim.min_lr * scale)
+    optim = replace(optim, lr=optim.lr * scale, min_lr=optim.min_lr * scale, not_finite="skip")
     return replace(optim, weight_decay=optim.weight_decay or SYNTHETIC_DECAY) if synthetic else optim
 
 
-def check_batch_fits(rollouts: Rollouts, config: VerifyStepConfig, algo: Algorithm, vocab_size: int) -> None:
-    """Raise `ValueError` when a recorded batch lacks what the loss needs, or is not for this model."""
-    sequences, name = rollouts.sequences, f"batch {config.batch}"
+def check_rollouts(rollouts: Rollouts, name: str, algo: Algorithm) -> None:
+    """Raise `ValueError` when recorded rollouts lack what the loss needs, or teach nothing."""
     if rollouts.reward_S is None:
         raise ValueError(f"{name} holds no rewards: record it with dsm-train grpo ... record=FILE")
-    rewards = rollouts.reward_S.split(sequences.group_cu.diff().tolist())
-    if all(len(reward_G[~reward_G.isnan()].unique()) < 2 for reward_G in rewards):
+    rewards = rollouts.reward_S.split(rollouts.sequences.group_cu.diff().tolist())
+    flat = all(len(reward_G[~reward_G.isnan()].unique()) < 2 for reward_G in rewards)
+    if flat and not broken_values(rollouts):
         raise ValueError(
             f"{name} teaches nothing, as the rewards of each group are all equal, and there is nothing but rounding to "
             "compare: record another step, with record_step=N"
         )
     if algo.has_reference and rollouts.ref_logprob_T is None:
         raise ValueError(f"{name} was recorded without a reference model: set algorithm.kl_coef=0")
+
+
+def check_fits(sequences: Sequences, name: str, config: VerifyStepConfig, vocab_size: int) -> None:
+    """Raise `ValueError` when a recorded batch is not for this model."""
     tokens = torch.cat([sequences.prompt_token, sequences.response_token_T])
     if tokens.numel() and not 0 <= int(tokens.min()) <= int(tokens.max()) < vocab_size:
         raise ValueError(
@@ -175,9 +193,9 @@ def replay_reference(plan: Plan, here: Parallel) -> Replayed | None:
     return there if here.is_main else None
 
 
-def half_budget(rollouts: Rollouts, max_tokens: int) -> int:
+def half_budget(sequences: Sequences, max_tokens: int) -> int:
     """Halve the tokens of a micro-batch, down to the longest sequence: never all of the batch, repeated, in one."""
-    length_S = sequence_lengths(rollouts.sequences)
+    length_S = sequence_lengths(sequences)
     return max(min(max_tokens, int(length_S.sum())) // 2, int(length_S.max()))
 
 

@@ -177,10 +177,8 @@ def table(lines: Sequence[Line], here: Replayed, there: Replayed, here_name: str
         cells = [name.ljust(widths[0]), *(x.rjust(w) for x, w in zip(values, widths[1:-1], strict=True)), remark]
         text.append("  ".join(cells).rstrip())
     first = there.steps[0]
-    share = {name: first.stats.mean(name) for name in ("clipped_low", "clipped_high", "kl", "entropy")}
     text.append(
-        f"{first.num_responses} responses, {first.num_tokens} tokens; clipped {share['clipped_low']:.1%} low, "
-        f"{share['clipped_high']:.1%} high; KL {share['kl']:.4g}, entropy {share['entropy']:.4g}; "
+        f"{first.num_responses} responses, {first.num_tokens} tokens; {_shares(first.stats)}"
         f"sum of the loss's absolute terms {first.terms:.6g}"
     )
     if near := max(step.near_edge for step in (*here.steps, *there.steps)):
@@ -192,6 +190,17 @@ def table(lines: Sequence[Line], here: Replayed, there: Replayed, here_name: str
         else f"PASS: the same step{'s' if len(there.steps) > 1 else ''} as {there_name}"
     )
     return "\n".join(text)
+
+
+def _shares(stats: Stats) -> str:
+    """Statistics of the policy loss, in words; "" for the supervised one."""
+    if "kl" not in stats.sums:
+        return ""
+    share = {name: stats.mean(name) for name in ("clipped_low", "clipped_high", "kl", "entropy")}
+    return (
+        f"clipped {share['clipped_low']:.1%} low, {share['clipped_high']:.1%} high; KL {share['kl']:.4g}, "
+        f"entropy {share['entropy']:.4g}; "
+    )
 
 
 def _kind(name: str) -> str:

@@ -16,7 +16,7 @@ from torch import Tensor
 from dsm_train.config import OptimConfig
 from dsm_train.explore import with_logprobs
 from dsm_train.grpo import Algorithm
-from dsm_train.losses import PolicyLoss, PolicyLossOutput
+from dsm_train.losses import PolicyLoss, SupervisedLoss
 from dsm_train.megatron import weights
 from dsm_train.megatron.parallel import Parallel
 from dsm_train.megatron.step import Model, TrainableModel
@@ -24,8 +24,10 @@ from dsm_train.megatron.weights import ModelSpec
 from dsm_train.packing.microbatch import MicroBatch
 from dsm_train.packing.packer import Packer
 from dsm_train.rollout.config import SamplingConfig
+from dsm_train.rollout.record import SupervisedBatch
+from dsm_train.supervise import share
 from dsm_train.types import Rollouts, Sequences
-from dsm_train.update import StepResult, update
+from dsm_train.update import StepResult, optimizer_step, update
 from dsm_train.verify.comparison import TOLERANCES, Replayed, Step
 from triton_kernels import Objective, grpo_loss, token_kl
 
@@ -71,15 +73,15 @@ class Witness(TrainableModel):
 
 @dataclass(frozen=True)
 class Replay:
-    """Exploration stages to replay, in any layout."""
+    """Exploration stages, or steps of supervised training, to replay in any layout."""
 
     spec: ModelSpec
     algorithm: Algorithm
     sampling: SamplingConfig
     optim: OptimConfig
-    batches: Sequence[Rollouts]
+    batches: Sequence[Rollouts | SupervisedBatch]
     """The rollouts of each exploration stage, of all data-parallel replicas; old and reference log-probabilities in
-    them are taken as distances from the sampled ones."""
+    them are taken as distances from the sampled ones. Supervised batches come with an algorithm of one update."""
     shuffle_seed: int | None = None
     """Pack groups, and the responses of each, in another order; None: in the order of the batch."""
 
@@ -90,7 +92,13 @@ class Replay:
         reference = model.frozen_copy() if algo.has_reference else None
         results, logprobs = [], []
         for number, batch in enumerate(self.batches, start=1):
-            parallel.watchdog.enter(f"exploration stage {number} of verify-step")
+            parallel.watchdog.enter(f"batch {number} of verify-step")
+            if isinstance(batch, SupervisedBatch):
+                if self.shuffle_seed is not None:
+                    batch = batch.take(shuffled(batch.sequences, self.shuffle_seed))
+                results.append(optimizer_step(model, *share(batch.sequences, batch.learnt_T, packer, parallel)))
+                logprobs.append({})
+                continue
             index_S = self._share(batch.sequences, parallel)
             scored, computed = with_distances(batch.take(index_S), model, reference, algo, temperature, packer)
             logprobs.append(whole_batch(computed, batch.sequences, index_S, parallel))
@@ -168,22 +176,24 @@ def shuffled(sequences: Sequences, seed: int) -> Tensor:
 
 
 def measure(
-    outputs: Sequence[PolicyLossOutput],
+    outputs: Sequence[Any],
     micro_batches: Sequence[MicroBatch],
-    loss: PolicyLoss,
+    loss: PolicyLoss | SupervisedLoss,
     edge: float,
     parallel: Parallel,
 ) -> Tensor:
     """[sum of the absolute terms of the loss, tokens with a ratio within `edge` of where it clips], this rank's share.
 
     The terms: weight_t times surrogate, KL and entropy, each with its coefficient. Rounding of the loss is relative to
-    their sum, for they may cancel.
+    their sum, for they may cancel; those of the supervised loss have one sign.
     """
-    objective = loss.objective
     totals = torch.zeros(2, dtype=torch.float64)
-    bare = replace(objective, kl_coef=0.0, entropy_coef=0.0)
     if not parallel.is_replica_main:
         return totals
+    if isinstance(loss, SupervisedLoss):
+        return totals + torch.tensor([sum(float(out.loss.detach()) for out in outputs), 0.0])
+    objective = loss.objective
+    bare = replace(objective, kl_coef=0.0, entropy_coef=0.0)
     for out, batch in zip(outputs, micro_batches, strict=True):
         r, cu = loss.rows.take(batch.row_T), batch.response_cu.cpu()
         logprob_T, entropy_T = out.logprob_T.float().cpu(), out.entropy_T.float().cpu()

@@ -10,12 +10,14 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from commands import GRPO, WARMUP, refused, run, run_on_ranks, torchrun, write_sevens
+from mutations import MUTATIONS
 
 from dsm_train.config import RunConfig
 from dsm_train.configs import VerifyStepConfig
 from dsm_train.megatron.parallel import Parallel
-from dsm_train.rollout.record import read_rollouts, write_rollouts
+from dsm_train.rollout.record import SupervisedBatch, read_rollouts, write_rollouts, write_supervised
 from dsm_train.stages.verify_step import make_plan
+from dsm_train.types import Sequences
 from dsm_train.verify import comparison
 from dsm_train.verify.comparison import TOLERANCES, Tolerance
 from dsm_train.verify.replay import shuffled
@@ -70,6 +72,38 @@ def test_a_recorded_step_on_two_ranks(tmp_path: Path) -> None:
                            "reference_layout=tp=2,sp=true", f"run.init={out}/weights", f"run.out={out}")  # fmt: skip
     assert printed.split()[:2] == ["dp2", "tp2-sp"] and "16 responses" in printed
     assert printed.splitlines()[-1] == "PASS: the same step as tp2-sp" and "nan" not in printed
+
+
+def supervised_batch(path: Path) -> Path:
+    """Examples of unequal length, some of whose tokens are not learnt."""
+    generator = torch.Generator().manual_seed(0)
+    lengths = ((3, 20), (1, 1), (12, 7), (5, 33), (2, 2), (9, 14))
+    prompts, responses = (
+        [torch.randint(258, (pair[side],), generator=generator).tolist() for pair in lengths] for side in (0, 1)
+    )
+    learnt_T = torch.rand(sum(length for _, length in lengths), generator=generator) < 0.7
+    write_supervised(path, SupervisedBatch(Sequences.from_lists(prompts, responses), learnt_T))
+    return path
+
+
+def test_a_supervised_step_on_two_ranks(tmp_path: Path) -> None:
+    batch = supervised_batch(tmp_path / "step.parquet")
+    printed = run_on_ranks(2, tmp_path, "verify-step", *BATCH, f"batch={batch}", "--shuffle",
+                           "verify.steps=2", "algorithm.minibatches=2", "reference_layout=tp=2,sp=true",
+                           f"run.out={tmp_path}")  # fmt: skip
+    assert printed.split()[:2] == ["dp2", "tp2-sp"] and lines(printed)[:2] == ["step 1: loss", "step 1: gradient norm"]
+    assert printed.splitlines()[-2].startswith("6 responses, 77 tokens; sum of the loss's absolute terms 5.5")
+    assert printed.splitlines()[-1] == "PASS: the same steps as tp2-sp"
+
+
+def test_a_mistake_in_a_supervised_step_is_found(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batch = supervised_batch(tmp_path / "step.parquet")
+    MUTATIONS["a mean over micro-batches"].inject(monkeypatch)
+    with pytest.raises(SystemExit) as end:
+        run("verify-step", *BATCH, f"batch={batch}", f"run.out={tmp_path}")
+    assert end.value.code == 1 and "FAIL: loss, gradient norm, " in capsys.readouterr().out
 
 
 def test_several_optimizer_steps_on_two_ranks(tmp_path: Path) -> None:
