@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from dsm_train.cli.errors import NOT_FINITE, Ended
 from dsm_train.megatron.step import TrainableModel
 from dsm_train.rollout.record import SupervisedBatch, write_rollouts, write_supervised
 from dsm_train.types import Rollouts
@@ -16,8 +17,11 @@ MOST_FILES = 3
 """Batches that a run that skips keeps: they may be large, and the first ones tell as much as all."""
 
 
-class NotFinite(ArithmeticError):
+class NotFinite(Ended):
     """A loss or gradient that is not finite, where training stops; every rank raises it, with a line to print."""
+
+    def __init__(self, line: str) -> None:
+        super().__init__(NOT_FINITE, line)
 
 
 @dataclass(frozen=True)

@@ -208,7 +208,7 @@ def ends(prog: str, folder: RunFolder | None, again: str) -> Iterator[None]:
         line = f"{prog}: {how}; {again}"
         print(line, file=sys.stderr, flush=True)
         tell_torchrun(line)
-        raise SystemExit(status) from None
+        raise error if isinstance(error, Ended) else SystemExit(status) from None
 
 
 def end_of(error: BaseException, folder: Path) -> tuple[int | None, str]:

@@ -29,7 +29,7 @@ from dsm_train.reporting.metrics import Metrics, Samples
 
 @dataclass(frozen=True)
 class State:
-    """What the steps of a loop change, and a checkpoint of it holds."""
+    """State that the steps of a loop change, and that a checkpoint holds."""
 
     models: Mapping[str, Model]
     """Models by name; one that is not trained and has its initial weights is not written."""

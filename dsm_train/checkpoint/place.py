@@ -1,4 +1,4 @@
-"""Where a run stood when a checkpoint was written: the file state.json."""
+"""Place of a run when a checkpoint was written: the file state.json."""
 
 from __future__ import annotations
 

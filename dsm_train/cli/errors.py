@@ -63,6 +63,9 @@ class Ended(SystemExit):
         super().__init__(status)
         self.status, self.line = status, line
 
+    def __str__(self) -> str:
+        return self.line
+
 
 def disk_error(error: BaseException | None, folder: Path) -> OSError | None:
     """Find the trouble with the disk that an exception comes from; None where it comes from elsewhere.

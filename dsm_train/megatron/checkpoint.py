@@ -157,6 +157,7 @@ def _sharded(name: str, model: Model, parallel: Parallel, *, loading: bool) -> d
         fill_adam(model)
         adam = [_sharded_moments(part, chunks, parallel, loading=loading) for part in _optimizers(model)]
         state |= {"adam": adam, "adam_step": _adam_step(model), "schedule_step": model.schedule.num_steps}
+        state["skipped"] = model.skipped
     add_prefix_for_sharding(state, f"{name}.")
     return state
 
@@ -221,6 +222,7 @@ def _take(model: Model, loaded: Mapping[str, Any], parallel: Parallel) -> None:
     _set_adam_step(model, loaded["adam_step"])
     model.schedule.num_steps = loaded["schedule_step"]
     model.schedule.step(increment=0)
+    model.skipped = loaded["skipped"]
 
 
 def _take_shards(optimizer: DistributedOptimizer, moments: dict[int, Any]) -> None:
