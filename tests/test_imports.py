@@ -35,7 +35,7 @@ TRAINER = (
     "losses grpo balance examples",
     "course",
     "update",
-    "reporting.metrics",
+    "reporting.metrics reporting.record",
     "reporting.report reporting.folder",
     "rollout",
     "eval not_finite",
