@@ -13,7 +13,7 @@ from dsm_train.installed import require_own_kernels
 from dsm_train.stages import table
 
 PACKAGES = ("megatron", "pyarrow", "transformers", "tyro")
-"""Packages of the extra `train` that every stage imports."""
+"""Packages of the extra `train` that a stage imports, unless its row says otherwise."""
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -35,7 +35,8 @@ def main(argv: list[str] | None = None) -> None:
         require_own_kernels()
         stage, others = table.find(name), table.others(name)
         if not stage.has_steps:
-            _check_packages(("tyro",) if {"-h", "--help"} & set(rest) else PACKAGES)
+            asks = bool({"-h", "--help"} & set(rest))
+            _check_packages(PACKAGES if stage.needs_trainer and not asks else ("tyro",))
     except ValueError as error:
         print(f"dsm-train: {error}", file=sys.stderr)
         raise SystemExit(2) from None

@@ -42,7 +42,7 @@ TRAINER = (
     "prepare",
     "checkpoint",
     "loop",
-    "run reporting.journal",
+    "run reporting.journal reporting.runs",
     "explore",
     "train supervise",
     "verify",

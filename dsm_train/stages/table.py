@@ -22,6 +22,8 @@ class Stage:
     """Function that runs the stage, given its configuration; as module:function."""
     trains: bool = False
     """Recipes are written for the stage; others may read them and pass over its values."""
+    needs_trainer: bool = True
+    """It imports the packages of the extra `train`."""
     has_steps: bool = False
     """`function` takes the arguments and the other stages instead, and reads a step's name and its keys itself."""
 
@@ -80,8 +82,15 @@ STAGES = (
         "dsm_train.corpus.stage:main",
         has_steps=True,
     ),
+    Stage(
+        "runs",
+        "List the runs in a folder: state, step, last metrics, and how to continue each.",
+        "dsm_train.stages.runs:RunsConfig",
+        "dsm_train.stages.runs:show_runs",
+        needs_trainer=False,
+    ),
 )
-COMING = ("pretrain", "label", "reward", "ppo", "rft", "dpo", "compare", "plan", "runs", "rollout-check")
+COMING = ("pretrain", "label", "reward", "ppo", "rft", "dpo", "compare", "plan", "rollout-check")
 """Stages that are not built yet."""
 
 
