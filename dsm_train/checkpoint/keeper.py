@@ -70,7 +70,7 @@ class Keeper:
         self._saver = Saver(self.parallel)
         self._writing: tuple[Writing, Place] | None = None
         self._saved: tuple[str, int] | None = None if place is None else (place.loop, place.step)
-        self._since, self._base = time.monotonic(), 0
+        self._since, self._base = time.monotonic(), 0  # steps of earlier loops
         self._label, self._steps, self._state = "", 0, State({})
 
     def enter(self, label: str, steps: int, state: State) -> tuple[int, Mapping[str, float | None]]:
@@ -78,12 +78,12 @@ class Keeper:
 
         A loop before the one that the checkpoint is of is done.
         """
+        self._base += self._steps
         self._label, self._steps, self._state = label, steps, state
         found = self._found
         if found is None:
             return 0, {}
         if found.place.loop != label:
-            self._base += steps
             return steps, {}
         place, self._found = found.place, None
         load(found.folder, {name: state.models[name] for name in place.models}, self.parallel)
@@ -108,7 +108,6 @@ class Keeper:
             self._end(asked)
         if last:
             self._finish()
-            self._base += step
 
     def between(self, step: int) -> None:
         """Stop between two phases of a step where a signal came, after `step` whole ones: the weights are theirs."""
