@@ -25,6 +25,7 @@ from dsm_train.configs import StageConfig
 from dsm_train.data.tokenizer import FILES, Tokenizer
 from dsm_train.hf.config import fresh_config
 from dsm_train.hf.dtypes import BY_NAME
+from dsm_train.hf.files import weights_digest
 from dsm_train.hf.folder import Pretrained, write_config, write_tokenizer_note
 from dsm_train.hf.names import pieces
 from dsm_train.hf.writer import appearing
@@ -152,7 +153,7 @@ def start(config: ConfigT, stage: str, questions: Questions, *, trains: bool = T
         who = identity(config, questions)
         check_alike(ranks.gather_over_ranks(who))
         if trains:
-            origin = choose(config.run, folder, who | surroundings(ranks, threads), ranks)
+            origin = choose(config.run, folder, {"the stage": stage} | who | surroundings(ranks, threads), ranks)
     stop, metrics, samples = Stop(tells=ranks.is_main), Metrics(None), Samples(None)
     again = "the same command continues" if config.run.out or folder is None else continuing(folder.path)
     try:
@@ -240,9 +241,13 @@ def surroundings(ranks: Parallel, threads: int) -> dict[str, str]:
 
 
 def identity(config: StageConfig, questions: Questions) -> dict[str, str]:
-    """Write down what has to be the same on every rank."""
-    tasks = digest(repr(task) for task in (*questions.tasks.train, *questions.tasks.heldout))
-    return fingerprint(config, tasks, questions.tokenizer.fingerprint(), __version__)
+    """Write down what has to be the same on every rank: the configuration, and the contents of the files it names."""
+    tasks = digest(repr(replace(task, place="")) for task in (*questions.tasks.train, *questions.tasks.heldout))
+    return fingerprint(config, tasks, questions.tokenizer.fingerprint(), __version__) | {
+        "the digest of the weights": "none" if questions.source is None else weights_digest(questions.source.folder),
+        "the digest of the prompts": digest(str(questions.format.prompt(task)) for task in questions.tasks.train[:8]),
+        "the digest of the reward functions": digest(questions.grader.sources()),
+    }
 
 
 def missing_ops() -> list[str]:

@@ -10,7 +10,7 @@ from dsm_train.data.tasks import Task
 from dsm_train.rewards.built_in import BUILT_IN
 from dsm_train.rewards.config import RewardConfig, RewardFunction
 from dsm_train.rewards.outcome import Failed, Returned
-from dsm_train.rewards.worker import Worker
+from dsm_train.rewards.worker import Worker, find_source
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,7 @@ class Grader:
         self.config = config
         self.trouble: str | None = None
         """Reason why a function gave a whole batch no verdict, the last time that one did."""
+        self._folders = list(folders)
         self._worker = Worker(config.calls, folders, config.timeout_seconds)
 
     def grade(self, responses: Sequence[str], tasks: Sequence[Task], finished: Sequence[bool]) -> list[Verdict]:
@@ -72,6 +73,11 @@ class Grader:
                 where = f"item {number} of rewards.functions, {function.call}"
                 notes.append(f"{where}: no verdict on the answer it was tried with")
         return notes
+
+    def sources(self) -> list[str]:
+        """Read the modules of the user's functions; those that they import are not among them."""
+        files = [find_source(call.partition(":")[0], self._folders) for call in self.config.calls]
+        return [file.read_text(encoding="utf-8", errors="replace") for file in files if file is not None]
 
     def close(self) -> None:
         """End the process of the user's functions. A later batch starts another."""

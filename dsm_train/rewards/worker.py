@@ -25,7 +25,9 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
+from importlib.machinery import PathFinder
 from multiprocessing import connection
+from pathlib import Path
 from typing import Any
 
 from dsm_train.rewards.outcome import Failed, Returned
@@ -40,6 +42,17 @@ sys.path[:] = path
 from dsm_train.rewards.child import serve
 serve(*arguments)
 """
+
+
+def find_source(module: str, folders: Sequence[str]) -> Path | None:
+    """Find the file that a worker would import as `module`, without importing it; None for one that is not found."""
+    places, file = [*folders, *sys.path], None
+    for part in module.split("."):
+        found = PathFinder.find_spec(part, places)
+        if found is None:
+            return None
+        places, file = found.submodule_search_locations or [], found.origin
+    return None if file is None else Path(file)
 
 
 class Worker:
