@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from dsm_train.checkpoint.place import SUMS, NewerFormat, Place
+from dsm_train.checkpoint.place import STATE, SUMS, NewerFormat, Place
 from dsm_train.megatron.checkpoint import sha256
 from dsm_train.megatron.parallel import Parallel
 
@@ -57,8 +58,8 @@ def newest(run: Path, parallel: Parallel) -> Found | None:
         return Found(folder, place, tuple(skipped))
     if candidates:
         raise ValueError(
-            f"run.out: no checkpoint of {run} is whole ({'; '.join(skipped)}): begin anew with run.resume=never, which "
-            "moves that run aside"
+            f"no checkpoint of {run} is whole ({'; '.join(skipped)}): begin anew with run.resume=never, which moves "
+            "that run aside"
         )
     return None
 
@@ -68,20 +69,26 @@ def named(path: Path, parallel: Parallel) -> Found:
 
     Raises `ValueError` for a folder that is neither, or not whole.
     """
-    exists, is_run = parallel.from_main((path.is_dir(), (path / FOLDER).is_dir()))
+    exists, is_run, is_checkpoint = parallel.from_main(
+        (path.is_dir(), (path / FOLDER).is_dir(), any((path / name).exists() for name in (STATE, SUMS)))
+    )
     if not exists:
         raise ValueError(f"run.resume = {path} is no folder: name a checkpoint, a run's folder, auto or never")
     if is_run:
         found = newest(path, parallel)
         if found is None:
-            raise ValueError(f"run.resume = {path} is a run without checkpoints")
+            raise ValueError(f"run.resume = {path} is a run without checkpoints: give it no run.resume to begin anew")
         return found
+    if not is_checkpoint:
+        raise ValueError(
+            f"run.resume = {path} is neither a checkpoint nor a run with {FOLDER}/: name one of them, auto or never"
+        )
     try:
         return Found(path, check(path, parallel))
     except NewerFormat:
         raise
     except ValueError as error:
-        raise ValueError(f"run.resume = {path} is no checkpoint, or damaged: {error}") from error
+        raise ValueError(f"run.resume = {path} is damaged ({error}): name another checkpoint, or the run") from error
 
 
 def check(folder: Path, parallel: Parallel) -> Place:
@@ -89,11 +96,16 @@ def check(folder: Path, parallel: Parallel) -> Place:
 
     Raises `ValueError` on all ranks with what is wrong.
     """
+    place, reason = None, None
     try:
-        place, reason = Place.read(folder), None
-        reason = _wrong_file(folder, parallel)
+        sums = _read_sums(folder)
+        _compare(folder, STATE, sums)  # before it is believed
+        place = Place.read(folder)
+        for name in sorted(sums)[parallel.rank :: parallel.world_size]:
+            parallel.watchdog.beat()
+            _compare(folder, name, sums)
     except ValueError as error:
-        place, reason = None, error
+        reason = error
     reasons = [found for found in parallel.gather_over_ranks(reason) if found is not None]
     if reasons:
         raise reasons[0] if isinstance(reasons[0], NewerFormat) else ValueError(str(reasons[0]))
@@ -101,25 +113,34 @@ def check(folder: Path, parallel: Parallel) -> Place:
     return place
 
 
-def _wrong_file(folder: Path, parallel: Parallel) -> ValueError | None:
-    """Compare this rank's share of the files."""
+def _read_sums(folder: Path) -> dict[str, str]:
+    """Read the checksum of every file by its name; `ValueError` where files and names are not the same."""
     try:
         lines = (folder / SUMS).read_text(encoding="utf-8").splitlines()
         sums = {name: digest for digest, name in (line.split("  ", 1) for line in lines)}
+        there = {path.name for path in folder.iterdir()} - {SUMS}
     except FileNotFoundError:
-        return ValueError(f"{SUMS} is missing")
-    except (OSError, ValueError):
-        return ValueError(f"{SUMS} cannot be read")
-    for name in sorted(sums)[parallel.rank :: parallel.world_size]:
-        parallel.watchdog.beat()
-        try:
-            if sha256(folder / name) != sums[name]:
-                return ValueError(f"{name} is damaged or cut off: it is not what was written")
-        except FileNotFoundError:
-            return ValueError(f"{name} is missing")
-        except OSError as error:
-            return ValueError(f"{name} cannot be read: {error.strerror}")
-    return None
+        raise ValueError(f"{SUMS} is missing") from None
+    except OSError as error:
+        raise ValueError(f"{SUMS} cannot be read: {error.strerror}") from None
+    except ValueError:
+        raise ValueError(f"{SUMS} is damaged") from None
+    for name in (STATE, *sorted(sums)):
+        if name not in there:
+            raise ValueError(f"{name} is missing")
+    for name in sorted(there - set(sums)):
+        if not name.startswith("."):  # file systems leave files of their own
+            raise ValueError(f"{SUMS} does not name {name}")
+    return sums
+
+
+def _compare(folder: Path, name: str, sums: Mapping[str, str]) -> None:
+    try:
+        digest = sha256(folder / name)
+    except OSError as error:
+        raise ValueError(f"{name} cannot be read: {error.strerror}") from None
+    if digest != sums[name]:
+        raise ValueError(f"{name} is damaged or cut off: its checksum in {SUMS} is another")
 
 
 def remove(folder: Path) -> None:

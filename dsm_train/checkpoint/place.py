@@ -70,20 +70,38 @@ class Place:
             number = int(values["format"])
         except FileNotFoundError as error:
             raise ValueError(f"{STATE} is missing") from error
-        except (OSError, ValueError, TypeError, KeyError) as error:
-            raise ValueError(f"{STATE} cannot be read") from error
+        except OSError as error:
+            raise ValueError(f"{STATE} cannot be read: {error.strerror}") from error
+        except (ValueError, TypeError, KeyError) as error:
+            raise ValueError(f"{STATE} is not the state of a run in JSON") from error
         if number > FORMAT:
             raise NewerFormat(
                 f"checkpoint {folder} was written by dsm {values.get('version')}, in format {number}, and this dsm "
                 f"{__version__} reads format {FORMAT}: continue with that version, or choose another run.out"
             )
-        known = {item.name for item in fields(cls)}
-        try:
-            given: dict[str, Any] = {name: value for name, value in values.items() if name in known}
-            given["models"] = tuple(given["models"])
-            return cls(**given)
-        except (TypeError, KeyError) as error:
-            raise ValueError(f"{STATE} lacks values") from error
+        known: dict[str, Any] = {}
+        for item in fields(cls):
+            if item.name not in values:
+                raise ValueError(f"{STATE} has no {item.name}")
+            value = known[item.name] = values[item.name]
+            if not isinstance(value, _JSON[str(item.type)]) or isinstance(value, bool):
+                raise ValueError(f"{STATE} has {item.name} = {value!r}")
+        known["models"] = tuple(known["models"])
+        return cls(**known)
+
+
+_JSON: dict[str, Any] = {
+    "str": str,
+    "str | None": str | None,
+    "int": int,
+    "float": int | float,
+    "float | None": int | float | None,
+    "tuple[str, ...]": list,
+    "Mapping[str, str]": dict,
+    "Mapping[str, Any]": dict,
+    "Mapping[str, float | None]": dict,
+}
+"""Types of a value by that of the field, as it stands above."""
 
 
 class NewerFormat(ValueError):
