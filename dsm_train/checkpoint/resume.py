@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from dsm_train.checkpoint.find import Found, checkpoints, named, newest, remove, unfinished
-from dsm_train.checkpoint.identity import differing, rounding, told
+from dsm_train.checkpoint.identity import differing, rounding, to_tell, told
 from dsm_train.config import RunConfig
 from dsm_train.megatron.parallel import Parallel
 from dsm_train.reporting.folder import ROLLOUTS, STATE, RunFolder
@@ -25,6 +25,19 @@ class Origin:
     same: bool = False
     """True when the run that the folder holds is continued or begun again: its recorded rollouts are this run's."""
     notes: tuple[str, ...] = ()
+    named: str | None = None
+    """Folder that run.resume named, where the run began."""
+
+
+@dataclass(frozen=True)
+class _Holds:
+    """Run that the folder holds."""
+
+    path: Path
+    unfinished: bool
+    identity: Mapping[str, str]
+    named: str | None
+    """Folder that it was continued from."""
 
 
 def choose(run: RunConfig, folder: RunFolder | None, identity: Mapping[str, str], parallel: Parallel) -> Origin:
@@ -32,38 +45,63 @@ def choose(run: RunConfig, folder: RunFolder | None, identity: Mapping[str, str]
 
     Raises `ValueError` on all ranks for a run of another configuration, and for checkpoints of which none is whole.
     """
-    about = None if folder is None else (folder.path, folder.unfinished, folder.identity)
-    about = parallel.from_main(about)
-    assert about is not None
-    path, holds, then = about
-    _check_shared(path, parallel)
+    holds = None if folder is None else _Holds(folder.path, folder.unfinished, folder.identity, folder.named)
+    holds = parallel.from_main(holds)
+    assert holds is not None
+    _check_shared(holds.path, parallel)
     if run.resume == "never":
         return Origin(identity)
-    if run.resume != "auto":
-        found = named(Path(run.resume), parallel)
-        _check_same(f"run.resume = {run.resume} is of", found.place.identity, identity, "choose another checkpoint")
-        same = parallel.from_main(found.folder.parent.parent.resolve() == path.resolve())
-        if holds and not same:
-            raise ValueError(
-                f"run.out: {path} holds an unfinished run, and run.resume that of another: choose another run.out"
-            )
-        return Origin(identity, found, same, _notes(found, identity))
-    if not holds or not then:
+    if run.resume == "auto":
+        return _newest(holds, identity, parallel, run.overwrite)
+    named_as = parallel.from_main(str(Path(run.resume).resolve()))
+    if holds.unfinished and holds.named == named_as:  # the same command again: it has begun there already
+        origin = _newest(holds, identity, parallel, overwrite=False)
+        if origin.found is not None:
+            return origin
+    return _named(Path(run.resume), named_as, holds, identity, parallel)
+
+
+def _newest(holds: _Holds, identity: Mapping[str, str], parallel: Parallel, overwrite: bool) -> Origin:
+    """Continue the run that the folder holds from its newest checkpoint; without one it begins again."""
+    path, then, found = holds.path, holds.identity, None
+    if not holds.unfinished:
         return Origin(identity)
-    if run.overwrite and differing(then, identity):
+    if not then:  # run.json is damaged, or was not copied along
+        found = newest(path, parallel)
+        if found is None:
+            note = f"the unfinished run in {path} does not say how it was configured, and is moved aside"
+            return Origin(identity, notes=(note,))
+        then = found.place.identity
+    if overwrite and differing(then, identity):
         return Origin(identity, notes=(f"the unfinished run in {path} had another configuration, and is moved aside",))
     remedy = "set them back, choose another run.out, or begin anew with run.resume=never, which moves that run aside"
     _check_same(f"run.out: {path} holds an unfinished run of", then, identity, remedy)
-    found = newest(path, parallel)
+    found = found or newest(path, parallel)
     if found is None:
         note = f"the unfinished run in {path} has no checkpoint yet: it begins again, and its records are moved aside"
         return Origin(identity, same=True, notes=(note,))
-    return Origin(identity, found, True, _notes(found, identity))
+    return Origin(identity, found, True, _notes(found, identity), holds.named)
+
+
+def _named(path: Path, named_as: str, holds: _Holds, identity: Mapping[str, str], parallel: Parallel) -> Origin:
+    """Continue from where the user says, in the folder of that run or in another."""
+    found = named(path, parallel)
+    source = found.folder.parent.parent
+    weights, same = parallel.from_main(((source / "weights").is_dir(), source.resolve() == holds.path.resolve()))
+    remedy = f"set them back, or begin a run from its weights with run.init={source / 'weights'}"
+    remedy = remedy if weights else "set them back, or choose another checkpoint"
+    _check_same(f"run.resume = {path} is of", found.place.identity, identity, remedy)
+    if holds.unfinished and not same and holds.named != named_as:
+        raise ValueError(
+            f"run.out: {holds.path} holds an unfinished run, and run.resume = {path} is of another: choose another "
+            "run.out"
+        )
+    return Origin(identity, found, same, _notes(found, identity), named_as)
 
 
 def begin(folder: RunFolder, origin: Origin, **state: Any) -> list[str]:
     """Prepare the folder for the run that begins; for the main rank. Returns lines for the user."""
-    state["identity"] = dict(origin.identity)
+    state |= {"identity": dict(origin.identity), "named": origin.named}
     if origin.found is None:
         folder.begin(keep=(ROLLOUTS,) if origin.same else (), **state)
         return list(origin.notes)
@@ -84,8 +122,8 @@ def _notes(found: Found, now: Mapping[str, str]) -> tuple[str, ...]:
     lines = [*found.skipped, f"continued from {found.folder}: {found.place}"]
     if keys:
         lines.append(f"equal to rounding to a run that was not interrupted, not bit for bit: {told(keys, then, now)}")
-    if then.get("the version") != now.get("the version"):
-        lines.append(f"the checkpoint was written by dsm {then.get('the version')}")
+    if keys := to_tell(then, now):
+        lines.append(f"changed since the checkpoint, and valid from here on: {told(keys, then, now)}")
     return tuple(lines)
 
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import fcntl
+import itertools
 import json
 import os
 import shutil
 import socket
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from datetime import datetime
 from pathlib import Path
 from typing import Any, TextIO
@@ -32,6 +33,8 @@ FILES = (
     ROLLOUTS,
 )
 """Files and folders that a run writes. Those of other names are the user's and stay."""
+RESULTS = ("report.json", "curve.png", "eval.json", "weights")
+"""Those of a run's end."""
 RECORDS = ("metrics.jsonl", "samples.jsonl")
 """Files that grow while a run trains."""
 
@@ -68,12 +71,18 @@ class RunFolder:
     @property
     def unfinished(self) -> bool:
         """True when the folder holds a run that began and did not finish."""
-        return bool(self._state) and not _finished(self.path, self._state)
+        begun = bool(self._state) or (self.path / "checkpoints").exists()  # its state may be damaged
+        return begun and not _finished(self.path, self._state)
 
     @property
     def identity(self) -> dict[str, str]:
         """Identity of the run that the folder holds; {} where none is known."""
         return dict(self._state.get("identity") or {})
+
+    @property
+    def named(self) -> str | None:
+        """Folder that the user named for the run to continue from, if it was so."""
+        return self._state.get("named")
 
     def begin(self, *, keep: Collection[str] = (), **state: Any) -> None:
         """Begin a new run: files of a finished one are removed, those of a broken-off one moved aside as a whole.
@@ -92,10 +101,12 @@ class RunFolder:
         """
         sizes = dict(zip(RECORDS, (metrics_bytes, samples_bytes), strict=True))
         if source is not None:
-            self.begin()
+            self.begin(**state)
             for name in sizes:
                 if (source / name).exists():
                     shutil.copyfile(source / name, self.path / name)
+        elif _finished(self.path, self._state):  # the user goes back
+            _remove(self.path / name for name in RESULTS)
         notes = [note for name, size in sizes.items() if (note := _cut(self.path / name, size)) is not None]
         self._write({**self._who(), **state, "finished": None, "ended": None})
         return notes
@@ -206,6 +217,8 @@ def _cut(file: Path, size: int) -> str | None:
     has = file.stat().st_size if file.exists() else 0
     if has > size:
         os.truncate(file, size)
+    if 0 < has < size:
+        os.truncate(file, file.read_bytes().rfind(b"\n") + 1)  # half a row
     if has >= size:
         return None
     return f"{file} has {has} bytes, and had {size} at the checkpoint: rows are missing"
@@ -228,15 +241,31 @@ def _check_room(path: Path, state: dict[str, Any], overwrite: bool, init: Path |
 
 def _make_room(path: Path, state: dict[str, Any], keep: Collection[str]) -> None:
     """Remove or move aside what an earlier run left."""
-    aside = None if _finished(path, state) else path / f"unfinished-{state.get('started') or _now()}"
-    for file in (file for file in _old(path) if file.name not in keep):
-        if aside is not None:
-            aside.mkdir(exist_ok=True)
+    old = [file for file in _old(path) if file.name not in keep]
+    if _finished(path, state):
+        _remove(old)
+    elif old:
+        aside = _aside(path, str(state.get("started") or _now()), [file.name for file in old])
+        for file in old:
             file.rename(aside / file.name)
-        elif file.is_dir():
+
+
+def _aside(path: Path, started: str, names: list[str]) -> Path:
+    """Create the folder that an unfinished run is moved to; a move that was broken off is gone on with."""
+    for count in itertools.count(1):
+        aside = path / (f"unfinished-{started}" if count == 1 else f"unfinished-{started}-{count}")
+        if not any((aside / name).exists() for name in names):
+            break
+    aside.mkdir(exist_ok=True)
+    return aside
+
+
+def _remove(files: Iterable[Path]) -> None:
+    for file in files:
+        if file.is_dir():
             shutil.rmtree(file)
         else:
-            file.unlink()
+            file.unlink(missing_ok=True)
 
 
 def _finished(path: Path, state: dict[str, Any]) -> Any:
