@@ -44,6 +44,8 @@ class Loop(AbstractContextManager["Loop"]):
             self._watch, self._phases = Stopwatch(), 0
             yield step
             self.done = step + 1
+            if (line := self._keeper.misses(self.done, self.last)) is not None:
+                self.say(line)
             self._keeper.after(self.done, self.last)
 
     @contextmanager

@@ -65,8 +65,8 @@ class Keeper:
         self._started = time.perf_counter() - (0.0 if place is None else place.seconds)
         self.results: dict[str, Any] = {} if place is None else dict(place.results)
         """Values that the stage computed once."""
-        self._best = None if place is None else place.best
-        self._best_folder = None if place is None else place.best_folder
+        self._best: float | None = None
+        self._best_folder: str | None = None
         self._saver = Saver(self.parallel)
         self._writing: tuple[Writing, Place] | None = None
         self._saved: tuple[str, int] | None = None if place is None else (place.loop, place.step)
@@ -80,12 +80,14 @@ class Keeper:
         """
         self._base += self._steps
         self._label, self._steps, self._state = label, steps, state
+        self._best = self._best_folder = None  # losses of two loops are of two kinds
         found = self._found
         if found is None:
             return 0, {}
         if found.place.loop != label:
             return steps, {}
         place, self._found = found.place, None
+        self._take_best(place)
         load(found.folder, {name: state.models[name] for name in place.models}, self.parallel)
         for name, value in place.counts.items():
             setattr(state.counts, name, value)
@@ -108,6 +110,17 @@ class Keeper:
             self._end(asked)
         if last:
             self._finish()
+
+    def misses(self, step: int, values: Mapping[str, float]) -> str | None:
+        """Say that no step of the loop had the metric of the best, once it should have; not collective."""
+        best = self.config.best
+        evaluated = best is not None and best.startswith("heldout_")  # at some steps
+        if best is None or best in values or self._best is not None or step != (self._steps if evaluated else 1):
+            return None
+        return (
+            f"checkpoint.best = {best}: no step of {self._label} has had it, and none is kept as the best; "
+            f"step {step} has {', '.join(values)}"
+        )
 
     def between(self, step: int) -> None:
         """Stop between two phases of a step where a signal came, after `step` whole ones: the weights are theirs."""
@@ -146,6 +159,13 @@ class Keeper:
     def _is_old(self) -> bool:
         minutes = self.config.every_minutes
         return minutes is not None and time.monotonic() - self._since >= 60 * minutes
+
+    def _take_best(self, place: Place) -> None:
+        """Take up the best checkpoint so far, if it is of the same metric and still there."""
+        asked = {"checkpoint.best": str(self.config.best), "checkpoint.best_is": self.config.best_is}
+        there = place.best_folder is not None and (self.run / FOLDER / place.best_folder / SUMS).exists()
+        if self.parallel.from_main(there) and asked.items() <= place.identity.items():
+            self._best, self._best_folder = place.best, place.best_folder
 
     def _improves(self, values: Mapping[str, float]) -> bool:
         """Take note of a value of the metric that is the best so far; not collective."""
