@@ -7,7 +7,7 @@ import os
 import signal
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -195,10 +195,12 @@ class Keeper:
             counts={} if self._state.counts is None else asdict(self._state.counts),
             last={name: value if math.isfinite(value) else None for name, value in values.items()},
             best=self._best,
+            best_folder=self._best_folder,
             time=datetime.now().isoformat(timespec="seconds"),
         )
         if self._best_folder == "":
             self._best_folder = place.name
+            place = replace(place, best_folder=place.name)
         folder = self._folder_of(place)
         self.parallel.watchdog.enter(f"checkpoint of step {step}")
         if self.parallel.is_main:
