@@ -116,7 +116,7 @@ def check(folder: Path, parallel: Parallel) -> Place:
 def _read_sums(folder: Path) -> dict[str, str]:
     """Read the checksum of every file by its name; `ValueError` where files and names are not the same."""
     try:
-        lines = (folder / SUMS).read_text(encoding="utf-8").splitlines()
+        *lines, rest = (folder / SUMS).read_text(encoding="utf-8").split("\n")
         sums = {name: digest for digest, name in (line.split("  ", 1) for line in lines)}
         there = {path.name for path in folder.iterdir()} - {SUMS}
     except FileNotFoundError:
@@ -125,6 +125,8 @@ def _read_sums(folder: Path) -> dict[str, str]:
         raise ValueError(f"{SUMS} cannot be read: {error.strerror}") from None
     except ValueError:
         raise ValueError(f"{SUMS} is damaged") from None
+    if rest:
+        raise ValueError(f"{SUMS} is cut off")
     for name in (STATE, *sorted(sums)):
         if name not in there:
             raise ValueError(f"{name} is missing")
