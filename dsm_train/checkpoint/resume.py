@@ -50,7 +50,8 @@ def choose(run: RunConfig, folder: RunFolder | None, identity: Mapping[str, str]
     assert holds is not None
     _check_shared(holds.path, parallel)
     if run.resume == "never":
-        return Origin(identity)
+        aside = (f"the unfinished run in {holds.path} is moved aside",) if holds.unfinished else ()
+        return Origin(identity, notes=aside)
     if run.resume == "auto":
         return _newest(holds, identity, parallel, run.overwrite)
     named_as = parallel.from_main(str(Path(run.resume).resolve()))
@@ -106,13 +107,13 @@ def begin(folder: RunFolder, origin: Origin, **state: Any) -> list[str]:
         folder.begin(keep=(ROLLOUTS,) if origin.same else (), **state)
         return list(origin.notes)
     place, source = origin.found.place, origin.found.folder.parent.parent
-    notes = folder.resume(place.metrics_bytes, place.samples_bytes, None if origin.same else source, **state)
     for path in unfinished(folder.path):
         remove(path)
-    if origin.same:  # those of later steps, where the user went back
+    if origin.same:  # those of later steps, where the user went back; before the records that they count on
         for path in checkpoints(folder.path):
             if path.name > place.name and not any(str(path) in line for line in origin.found.skipped):
                 remove(path)
+    notes = folder.resume(place.metrics_bytes, place.samples_bytes, None if origin.same else source, **state)
     return [*origin.notes, *notes]
 
 
