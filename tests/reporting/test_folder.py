@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from dsm_train.config import RunConfig
-from dsm_train.reporting.folder import FILES, RunFolder, claim_folder, new_folder
+from dsm_train.reporting.folder import FILES, RESULTS, RunFolder, claim_folder, new_folder, read_state
 from dsm_train.reporting.metrics import Metrics
 
 HOLD = """
@@ -102,6 +104,73 @@ def test_half_a_state_is_an_unfinished_run(tmp_path: Path):
     assert [path.read_text() for path in tmp_path.glob("unfinished-*/metrics.jsonl")] == ["old"]
 
 
+def test_a_state_that_is_lost_beside_checkpoints_is_an_unfinished_run(tmp_path: Path) -> None:
+    write_run(tmp_path, "first", finish=True)
+    shutil.rmtree(tmp_path / "weights")
+    for text in ("", "{", "[1]"):
+        (tmp_path / "run.json").write_text(text)
+        folder = RunFolder.claim(tmp_path, overwrite=False)
+        assert folder.unfinished and folder.identity == {} and folder.named is None
+        folder.close()
+
+
+def test_two_runs_that_began_in_the_same_second_are_moved_to_two_folders(tmp_path: Path) -> None:
+    for text in ("first", "second", "third"):
+        write_run(tmp_path, text, finish=False)
+        state = json.loads((tmp_path / "run.json").read_text())
+        (tmp_path / "run.json").write_text(json.dumps(state | {"started": "20261201-120000"}))
+    asides = {path.name: (path / "metrics.jsonl").read_text() for path in tmp_path.glob("unfinished-*")}
+    assert asides == {"unfinished-20261201-120000": "first", "unfinished-20261201-120000-2": "second"}
+
+
+def resumed(path: Path, metrics_bytes: int, samples_bytes: int, source: Path | None = None) -> list[str]:
+    folder = RunFolder.claim(path, overwrite=True)
+    notes = folder.resume(metrics_bytes, samples_bytes, source, named="there")
+    assert folder.named == "there" and not read_state(path)["finished"]
+    folder.close()
+    return notes
+
+
+@pytest.mark.parametrize(
+    ("size", "left", "told"),
+    [
+        (16, '{"step": 1}\n', True),  # more than there is: what is left of the last row goes
+        (12, '{"step": 1}\n', False),
+        (0, "", False),
+    ],
+)
+def test_records_are_cut_back(size: int, left: str, told: bool, tmp_path: Path) -> None:
+    write_run(tmp_path, '{"step": 1}\n{"s', finish=False)
+    notes = resumed(tmp_path, size, 0)
+    assert (tmp_path / "metrics.jsonl").read_text() == left and (tmp_path / "samples.jsonl").read_text() == ""
+    assert notes == ([f"{tmp_path}/metrics.jsonl has 15 bytes, and had 16 at the checkpoint: rows are missing"] * told)
+
+
+def test_a_record_that_vanished_is_told(tmp_path: Path) -> None:
+    write_run(tmp_path, "row\n", finish=False)
+    (tmp_path / "samples.jsonl").unlink()
+    assert resumed(tmp_path, 4, 4) == [
+        f"{tmp_path}/samples.jsonl has 0 bytes, and had 4 at the checkpoint: rows are missing"
+    ]
+
+
+@pytest.mark.parametrize("finish", [True, False])
+def test_results_of_the_end_go_when_the_user_goes_back_from_it(finish: bool, tmp_path: Path) -> None:
+    write_run(tmp_path, "row\n", finish=finish)
+    resumed(tmp_path, 4, 4)
+    assert [(tmp_path / name).exists() for name in RESULTS] == [not finish] * len(RESULTS)
+    assert (tmp_path / "checkpoints").exists() and (tmp_path / "metrics.jsonl").read_text() == "row\n"
+
+
+def test_records_of_another_run_are_copied_up_to_the_checkpoint(tmp_path: Path) -> None:
+    old, new = tmp_path / "old", tmp_path / "new"
+    write_run(old, "row\nmore\n", finish=True)
+    before = contents(old)
+    assert resumed(new, 4, 0, old) == []
+    assert contents(old) == before
+    assert (new / "metrics.jsonl").read_text() == "row\n" and not (new / "checkpoints").exists()
+
+
 def test_a_run_without_a_name_gets_a_new_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(tmp_path)
     first, second = claim_folder(RunConfig(), "grpo"), claim_folder(RunConfig(), "grpo")
@@ -129,6 +198,22 @@ def test_tensorboard_shows_one_run(tmp_path: Path):
     events.Reload()
     (tag,) = events.Tags()["tensors"]
     assert [event.tensor_proto.float_val[0] for event in events.Tensors(tag)] == [0.75]
+
+
+def test_tensorboard_shows_the_points_of_a_run_that_is_continued(tmp_path: Path) -> None:
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    for first, last in ((1, 4), (3, 5)):  # the checkpoint is after step 2
+        metrics, sizes = Metrics(tmp_path), []
+        for step in range(first, last):
+            metrics.log(step, "grpo", {"reward": step / 4})
+            sizes.append(metrics.sync())
+        metrics.close()
+        os.truncate(tmp_path / "metrics.jsonl", sizes[1])
+    events = accumulator.EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    (tag,) = events.Tags()["tensors"]
+    points = [(event.step, event.tensor_proto.float_val[0]) for event in events.Tensors(tag)]
+    assert points == [(1, 0.25), (2, 0.5), (3, 0.75), (4, 1.0)]
 
 
 def test_nothing_is_removed_before_the_run_begins(tmp_path: Path) -> None:
