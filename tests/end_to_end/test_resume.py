@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch.distributed as dist
-from commands import TINY, metrics, run, run_on_ranks, stage_of_rank, values
+from commands import GRPO, TINY, metrics, run, run_on_ranks, stage_of_rank, values
 from commands import refused as refused_by_a_process
 from megatron.core import parallel_state
 from ranks import run_ranks
@@ -137,8 +137,15 @@ def test_keys_that_change_nothing_pass_and_those_that_change_rounding_are_told(
     assert len(values(broken_off)) == len(values(finished))
 
 
-@pytest.mark.parametrize("new", [False, True], ids=["same folder", "new folder"])
-@pytest.mark.parametrize("ended", [False, True], ids=["unfinished", "finished"])
+@pytest.mark.parametrize(
+    ("new", "ended"),
+    [
+        (False, False),
+        (True, True),
+        pytest.param(False, True, marks=pytest.mark.slow),
+        pytest.param(True, False, marks=pytest.mark.slow),
+    ],
+)
 def test_going_back_to_an_older_checkpoint(
     new: bool, ended: bool, finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -225,6 +232,36 @@ def test_data_that_was_changed_makes_another_run_and_a_moved_file_does_not(
     assert weights(out) == weights(tmp_path / "out")
 
 
+def test_a_reward_function_that_was_mended_is_told_and_the_best_checkpoint_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = "def digits(completions, tasks):\n    return [float(sum(c.isdigit() for c in x)) for x in completions]\n"
+    (tmp_path / "digits_reward.py").write_text(source)
+    monkeypatch.chdir(tmp_path)
+    command = (*GRPO, "algorithm.prompts_per_step=2", "algorithm.group_size=2", "optim.lr=1e-2",
+               "rewards.unfinished=keep", "rewards.functions=[{call: digits_reward:digits}]", "checkpoint.every=1", "checkpoint.keep=1",
+               "checkpoint.best=reward", "checkpoint.best_is=lowest", "steps=3")  # fmt: skip
+    run("grpo", *command, f"run.out={tmp_path / 'out'}")
+    assert steps_kept(tmp_path / "out") == {best_step(tmp_path / "out"), 3}
+    out = break_off(tmp_path / "out", tmp_path / "broken", step=3)
+    (tmp_path / "digits_reward.py").write_text(f"# mended\n{source}")
+    line = refused(capsys, "sft", *RUN, f"run.out={out}")
+    assert "(the stage was grpo, and is sft; " in line
+    run("grpo", *command, f"run.out={out}")
+    printed = capsys.readouterr().out
+    assert "valid from here on: the digest of the reward functions was" in printed
+    assert steps_kept(out) == {best_step(out), 3} and values(out) == values(tmp_path / "out")
+
+
+def best_step(folder: Path) -> int:
+    rewards = {row["step"]: row["reward"] for row in metrics(folder) if "reward" in row}
+    return min(rewards, key=lambda step: (rewards[step], step))
+
+
+def steps_kept(folder: Path) -> set[int]:
+    return {int(path.name.rsplit("-", 1)[1]) for path in (folder / "checkpoints").iterdir()}
+
+
 Damage = Callable[[Path], object]
 
 
@@ -241,9 +278,6 @@ def flip(name: str, at: float = 0.5) -> Damage:
 
 def cut(name: str) -> Damage:
     return lambda folder: (folder / name).write_bytes((folder / name).read_bytes()[:-1])
-
-
-FILES = ("__0_0.distcp", "common.pt", ".metadata", "metadata.json", "state.json", "SHA256SUMS")
 
 
 def test_the_newest_checkpoint_that_is_whole_is_taken_and_the_others_are_named(
