@@ -75,7 +75,7 @@ def write_shard(folder: Path, shard: Shard, value: Callable[[Entry], Tensor | No
 
 def _append(file: BinaryIO, entry: Entry, value: Tensor | None) -> None:
     assert value is not None and (tuple(value.shape), value.dtype) == (entry.shape, entry.dtype), entry.name
-    value.contiguous().view(torch.uint8).numpy().tofile(file)
+    file.write(value.contiguous().view(torch.uint8).numpy().data)  # numpy's tofile hides the reason of an error
 
 
 def write_index(folder: Path, written: Sequence[Shard]) -> None:

@@ -9,6 +9,7 @@ import os
 import shutil
 import socket
 from collections.abc import Collection, Iterable
+from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
 from typing import Any, TextIO
@@ -112,8 +113,9 @@ class RunFolder:
         return notes
 
     def end(self, how: str) -> None:
-        """Note how the run ended that did not finish."""
-        self._write({"ended": how})
+        """Note how the run ended that did not finish; a disk that is full or read-only cannot take it."""
+        with suppress(OSError):
+            self._write({"ended": how})
 
     def finish(self, **state: Any) -> None:
         """Note that the run did all it was asked for."""
@@ -130,9 +132,15 @@ class RunFolder:
 
     def _write(self, change: dict[str, Any]) -> None:
         self._state |= change
-        text = (json.dumps(self._state) + "\n").encode()
-        os.pwrite(self._file.fileno(), text, 0)  # a kill before the next line leaves the end of a longer one behind
-        os.ftruncate(self._file.fileno(), len(text))
+        text, file = (json.dumps(self._state) + "\n").encode(), self._file.fileno()
+        size = os.fstat(file).st_size
+        try:
+            _write_at(file, size, b"\n" * (len(text) - size))  # a full disk takes nothing from what was there
+        except OSError:
+            os.ftruncate(file, size)
+            raise
+        _write_at(file, 0, text)
+        os.ftruncate(file, len(text))  # a kill before it leaves the end of a longer text behind
 
     def __enter__(self) -> RunFolder:
         self.begin()
@@ -140,6 +148,13 @@ class RunFolder:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _write_at(file: int, place: int, text: bytes) -> None:
+    """Write all of a text; the system takes part of it where the disk becomes full."""
+    while text:
+        written = os.pwrite(file, text, place)
+        place, text = place + written, text[written:]
 
 
 def claim_folder(run: RunConfig, stage: str) -> RunFolder:

@@ -54,12 +54,13 @@ class _JsonLines:
     """File of one JSON object per line, each on disk as soon as it is written; None writes nothing."""
 
     def __init__(self, path: Path | None) -> None:
-        self._file = path.open("a", encoding="utf-8") if path else None
+        self._file = path.open("ab", buffering=0) if path else None  # close has nothing to write, on a full disk either
 
     def write(self, row: Mapping[str, Any]) -> None:
         if self._file:
-            self._file.write(json.dumps(json_safe(row), ensure_ascii=False, allow_nan=False) + "\n")
-            self._file.flush()
+            text = (json.dumps(json_safe(row), ensure_ascii=False, allow_nan=False) + "\n").encode()
+            while text:  # the system takes part of it where the disk becomes full
+                text = text[self._file.write(text) :]
 
     def sync(self) -> int:
         if not self._file:
