@@ -5,10 +5,12 @@ from __future__ import annotations
 import itertools
 import os
 import pickle
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TypeVar
+from uuid import uuid4
 
 import torch
 import torch.distributed as dist
@@ -234,18 +236,49 @@ def _join(config: ParallelConfig, alone: bool) -> None:
                 f"{devices} ranks on it, or train on the CPU with CUDA_VISIBLE_DEVICES="
             )
         torch.cuda.set_device(local)
-    world = {"store": dist.HashStore(), "rank": 0, "world_size": 1} if alone else {}
+    timeout = timedelta(minutes=_collectives_minutes(config))
     try:
-        dist.init_process_group(
-            "cpu:gloo,cuda:nccl" if cuda else "gloo",
-            timeout=timedelta(minutes=_collectives_minutes(config)),
-            **world,
-        )
+        store, number, size = (dist.HashStore(), 0, 1) if alone else _store(timeout)
+        backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
+        dist.init_process_group(backend, timeout=timeout, store=store, rank=number, world_size=size)
     except dist.DistStoreError as error:
         raise ValueError(
             f"not all of the {world_size()} ranks came to {os.environ.get('MASTER_ADDR')}:"
             f"{os.environ.get('MASTER_PORT')} in time: start the same command on every node"
         ) from error
+
+
+def _store(timeout: timedelta) -> tuple[dist.Store, int, int]:
+    """Reach the store of the ranks; returns this rank and their number too.
+
+    torchrun keeps its store when it starts ranks again, with the addresses of those that have ended: each start has
+    keys of its own.
+    """
+    store, number, size = next(dist.rendezvous("env://", timeout=timeout))
+    return dist.PrefixStore(_name_of_start(store, number, size, timeout), store), number, size
+
+
+def _name_of_start(store: dist.Store, number: int, size: int, timeout: timedelta) -> str:
+    """Agree on a name that no earlier start of these ranks has had: the first rank draws it.
+
+    Another asks for it in words of its own, as the answer to an earlier start is still there. Nothing that torchrun
+    tells its ranks would do: nodes count their starts differently.
+    """
+    mine = uuid4().hex
+    if number:
+        store.set(f"question of {number}", mine)
+        name = store.get(f"answer to {mine}").decode()
+        store.add(f"heard {name}", 1)
+        return name
+    deadline = time.monotonic() + timeout.total_seconds()
+    questions = [f"question of {other}" for other in range(1, size)]
+    while store.add(f"heard {mine}", 0) < size - 1:
+        for question in (question for question in questions if store.check([question])):
+            store.set(f"answer to {store.get(question).decode()}", mine)
+        if time.monotonic() > deadline:
+            raise dist.DistStoreError("some rank has not asked")
+        time.sleep(0.02)
+    return mine
 
 
 def _collectives_minutes(config: ParallelConfig) -> float:
