@@ -43,12 +43,26 @@ def main(argv: list[str] | None = None) -> None:
     if stage.has_steps:
         stage.run(rest, others)
         return
+    prog = f"dsm-train {name}"
+    if argv is None and "RANK" not in os.environ:  # a rank that waits for others hears nothing, and has to end
+        _end_at_signals(prog)
     from dsm_train.cli import load_config, user_errors
 
-    prog = f"dsm-train {name}"
     with user_errors(prog):
         config = load_config(stage.configuration(), rest, prog=prog, description=stage.sentence, others=others)
     stage.run(config)
+
+
+def _end_at_signals(prog: str) -> None:
+    """End with a line when a signal comes; a stage that trains saves instead, once it has begun."""
+
+    def end(number: int, frame: object) -> None:
+        os.write(2, f"{prog}: stopped by {signal.Signals(number).name}\n".encode())
+        raise SystemExit(75)  # as cli/errors.py has it, whose import takes a while
+
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, end)
 
 
 def versions() -> str:

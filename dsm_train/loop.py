@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager, contextmanager
 from types import TracebackType
 
 from dsm_train.checkpoint.keeper import Keeper, State
+from dsm_train.cli.errors import Ended
 from dsm_train.megatron.parallel import Parallel
 from dsm_train.reporting.metrics import Metrics, Progress, Stopwatch
 
@@ -36,7 +37,7 @@ class Loop(AbstractContextManager["Loop"]):
         self._watch, self._phases = Stopwatch(), 0
 
     def __enter__(self) -> Loop:
-        self._keeper.stop.noted = True
+        self._keeper.stop.note()
         return self
 
     def __iter__(self) -> Iterator[int]:
@@ -78,5 +79,8 @@ class Loop(AbstractContextManager["Loop"]):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._keeper.stop.noted = False
         self._progress.close()
+        if error is None:
+            self._keeper.stop.heed()
+        elif isinstance(error, Ended) and error.agreed:
+            self._keeper.close()  # what is being written is not lost

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import atexit
+import os
 import shlex
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from importlib.util import find_spec
 from math import prod
@@ -20,7 +21,7 @@ from dsm_train.checkpoint.keeper import Keeper, State
 from dsm_train.checkpoint.resume import begin, choose
 from dsm_train.checkpoint.stop import Stop
 from dsm_train.cli import check_alike, digest, fingerprint, tell_torchrun, to_yaml, user_errors
-from dsm_train.cli.errors import DISK, STOPPED, Ended, disk_error
+from dsm_train.cli.errors import Ended, end_of
 from dsm_train.configs import StageConfig
 from dsm_train.data.tokenizer import FILES, Tokenizer
 from dsm_train.hf.config import fresh_config
@@ -41,6 +42,7 @@ from dsm_train.packing.packer import Packer
 from dsm_train.prepare import Questions
 from dsm_train.reporting.folder import RunFolder, claim_folder
 from dsm_train.reporting.metrics import Metrics, Samples, prepare_output
+from dsm_train.reporting.record import command
 from dsm_train.reporting.report import startup_table
 from triton_kernels import implementations
 
@@ -156,17 +158,22 @@ def start(config: ConfigT, stage: str, questions: Questions, *, trains: bool = T
             origin = choose(config.run, folder, {"the stage": stage} | who | surroundings(ranks, threads), ranks)
     stop, metrics, samples = Stop(tells=ranks.is_main), Metrics(None), Samples(None)
     again = "the same command continues" if config.run.out or folder is None else continuing(folder.path)
+    out = ranks.from_main(config.run.out if folder is None else folder.path)
+    config = replace(config, run=replace(config.run, out=out))
+
+    def end(error: BaseException) -> Ended | None:
+        return end_of(error, out or Path(), stop.place)
+
     try:
         if not ranks.is_replica_main:
             questions.grader.close()  # it has tried the user's functions, and others grade
-        with ends(prog, folder, again), ranks.watchdog.failures():
+        with ends(prog, folder, again, end), ranks.watchdog.failures(end):
             keeper, notes = None, list(questions.notes)
             if origin is not None:
-                stop.listen()
-                out = ranks.from_main(None if folder is None else folder.path)
                 assert out is not None
-                config = replace(config, run=replace(config.run, out=out))
+                stop.listen()
                 if folder is not None:
+                    ranks.watchdog.last_words = lambda how: folder.end(how) or again
                     notes += [*begin(folder, origin, stage=stage), f"records and checkpoints: {out}; {again}"]
                     (out / "config.yaml").write_text(to_yaml(config))
                     metrics, samples = Metrics(out), Samples(out)
@@ -178,55 +185,48 @@ def start(config: ConfigT, stage: str, questions: Questions, *, trains: bool = T
             if keeper is not None:
                 keeper.close()
             if folder is not None and keeper is not None:
+                stop.pass_over()
                 folder.finish(checkpoints=asdict(keeper.kept))
     finally:
-        stop.close()
+        stop.pass_over()
         metrics.close()
         samples.close()
         questions.grader.close()
         if folder is not None:
             folder.close()
         parallel.stop(ranks)
+        stop.close()
 
 
 @contextmanager
-def ends(prog: str, folder: RunFolder | None, again: str) -> Iterator[None]:
+def ends(
+    prog: str, folder: RunFolder | None, again: str, end_of: Callable[[BaseException], Ended | None]
+) -> Iterator[None]:
     """Tell of an end that is no crash in one line, with its exit status, and note every end in the run's folder.
 
-    folder: the main rank's, which tells; again: how the run is continued.
+    folder: the main rank's, which tells; again: how the run is continued; end_of: finds the end, None for a crash.
     """
     try:
         yield
     except (Exception, KeyboardInterrupt, SystemExit) as error:
-        if folder is None:
-            raise
-        status, how = end_of(error, folder.path)
-        with suppress(OSError):
+        end = end_of(error)
+        if folder is not None:
+            how = f"{type(error).__name__}: {error}".splitlines()[0] if end is None else end.line
             folder.end(how)
-        if status is None:
-            atexit.register(print, again, file=sys.stderr)  # below the traceback
+            if end is None:
+                atexit.register(print, again, file=sys.stderr)  # below the traceback
+            else:
+                line = f"{prog}: {end.line}; {again}"
+                print(line, file=sys.stderr, flush=True)
+                tell_torchrun(line)
+        if end is None:
             raise
-        line = f"{prog}: {how}; {again}"
-        print(line, file=sys.stderr, flush=True)
-        tell_torchrun(line)
-        raise error if isinstance(error, Ended) else SystemExit(status) from None
-
-
-def end_of(error: BaseException, folder: Path) -> tuple[int | None, str]:
-    """Find the exit status of an end that is no crash, None for a crash, and say how it was."""
-    if isinstance(error, Ended):
-        return error.status, error.line
-    disk = disk_error(error, folder)
-    if disk is not None:
-        return DISK, f"the disk of {folder}: {disk.strerror or disk}; the last checkpoint is whole"
-    if isinstance(error, SystemExit) and error.code == STOPPED:
-        return STOPPED, "stopped by a signal"
-    return None, f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}".removesuffix(": ")
+        raise end from None
 
 
 def continuing(out: Path) -> str:
     """Write the command that continues a run whose folder was not given."""
-    return f"to continue: dsm-train {shlex.join(sys.argv[1:])} run.out={shlex.quote(str(out))}"
+    return f"to continue: {command(sys.argv, os.environ)} {shlex.quote(f'run.out={out}')}"
 
 
 def surroundings(ranks: Parallel, threads: int) -> dict[str, str]:

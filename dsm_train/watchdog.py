@@ -23,7 +23,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from types import FrameType
@@ -85,6 +85,8 @@ class Watchdog:
         self._rank, self._world_size, self._timeout, self._prog = rank, world_size, timeout_seconds, prog
         self._phase, self._entered, self._beats, self._pauses = "start", 0, 0, 0
         self._closed, self._failed, self._bereaved = threading.Event(), False, False
+        self.last_words: Callable[[str], str] | None = None
+        """Notes how the run ended, and says how it is continued; on the rank that tells the user."""
         self._tick = min(1.0, timeout_seconds / 10)
         # Every rank reads the reports of all: the more there are, the more rarely, as one store serves them.
         self._read_every = max(self._tick, min(world_size / 32, timeout_seconds / 5))
@@ -126,14 +128,18 @@ class Watchdog:
             self._pauses -= 1
 
     @contextmanager
-    def failures(self) -> Iterator[None]:
-        """End the other ranks with a line when the block raises; this rank keeps its traceback."""
+    def failures(self, end_of: Callable[[BaseException], Ended | None] | None = None) -> Iterator[None]:
+        """End the other ranks with a line when the block raises; this rank keeps its traceback.
+
+        end_of: finds the end that an exception stands for, None for a crash; the others end with its status.
+        """
         try:
             yield
-        except (Exception, SystemExit) as error:
-            agreed = isinstance(error, Ended) or (isinstance(error, SystemExit) and error.code in (0, None))
+        except (Exception, SystemExit, KeyboardInterrupt) as error:
+            end = end_of(error) if end_of is not None else error if isinstance(error, Ended) else None
+            agreed = (end is not None and end.agreed) or (isinstance(error, SystemExit) and error.code in (0, None))
             if self._store is not None and not agreed:
-                self._fail(self._store, error)
+                self._fail(self._store, error, end)
             raise
 
     def close(self) -> None:
@@ -163,7 +169,7 @@ class Watchdog:
                     self._read(store, now)
                     verdict = judge(self._seen, now, self._timeout, self._patience, bereaved=self._bereaved)
                     if verdict is not None:
-                        self._claim(store, verdict)
+                        self._claim(store, 1, verdict)
             except RuntimeError as error:
                 # A run that ends well may lose its store before this rank closes.
                 if not self._closed.wait(self._patience):
@@ -214,34 +220,41 @@ class Watchdog:
         if any(seen.report.paused for seen in self._seen.values()):
             self._seen = {rank: replace(seen, moved=now) for rank, seen in self._seen.items()}
 
-    def _fail(self, store: Store, error: BaseException) -> None:
+    def _fail(self, store: Store, error: BaseException, end: Ended | None) -> None:
         """Tell the others of this rank's exception."""
         stack = list(traceback.walk_tb(error.__traceback__))
-        if isinstance(error, torch.distributed.DistError) or _in_collective(*stack[-1]):
+        if end is None and (isinstance(error, torch.distributed.DistError) or _in_collective(*stack[-1])):
             # The echo of another rank's end, most likely: time for the watcher to learn of it, and to end this one.
             self._bereaved = True
             self._pauses += 1
             time.sleep(self._patience + 4 * self._read_every)
         self._failed = True
         what = f"exit status {error.code}" if isinstance(error, SystemExit) else _first_line(error)
+        verdict = f'rank {self._rank} (host {self._host}) failed in "{self._phase}": {what}: ended'
+        if end is not None:
+            verdict = f"{end.line} (rank {self._rank}, host {self._host})"
         with suppress(RuntimeError):  # without a store, the others end by themselves
-            self._claim(store, f'rank {self._rank} (host {self._host}) failed in "{self._phase}": {what}: ended')
+            self._claim(store, 1 if end is None else end.status, verdict)
             time.sleep(1.5 * self._tick)  # its end may take the store along: the others read first
 
-    def _claim(self, store: Store, verdict: str) -> None:
-        """Leave the verdict for all ranks to find, unless there is one."""
+    def _claim(self, store: Store, status: int, verdict: str) -> None:
+        """Leave the verdict, with an exit status, for all ranks to find, unless there is one."""
         if store.add("verdicts", 1) == 1:
-            store.set("verdict", verdict)
+            store.set("verdict", json.dumps([status, verdict]))
 
     def _end(self, store: Store) -> NoReturn:
-        """End by the verdict in the store, and print it where no rank of this node has."""
-        verdict = store.get("verdict").decode()
-        if store.add(f"printed on {self._host} {os.environ.get('GROUP_RANK')}", 1) == 1:
-            self._print(verdict)
+        """End by the verdict in the store; a rank of each node prints that of a crash, the main rank any other."""
+        status, verdict = json.loads(store.get("verdict"))
+        again = "" if self.last_words is None else f"; {self.last_words(verdict)}"
+        first = store.add(f"printed on {self._host} {os.environ.get('GROUP_RANK')}", 1) == 1
+        if first if status == 1 else again:
+            self._print(verdict + again)
+        elif again:
+            self._print(again.removeprefix("; "))
         # Other nodes read the verdict first, and a rank that failed ends first: torchrun, which stops the others of a
         # node when one ends, must neither cut its traceback off nor name another as the cause.
         time.sleep(5 * self._tick)
-        os._exit(1)
+        os._exit(status)
 
     def _end_alone(self, what: str) -> NoReturn:
         """End without a store to agree in."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-import signal
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
@@ -20,7 +19,6 @@ from dsm_train.checkpoint.find import FOLDER, WRITING, checkpoints, remove
 from dsm_train.checkpoint.place import STATE, SUMS, Place
 from dsm_train.checkpoint.resume import Origin
 from dsm_train.checkpoint.stop import Stop
-from dsm_train.cli.errors import STOPPED, Ended
 from dsm_train.megatron.checkpoint import Saver, Writing, load, sha256
 from dsm_train.megatron.parallel import Parallel
 from dsm_train.megatron.step import Model, TrainableModel
@@ -70,6 +68,7 @@ class Keeper:
         self._saver = Saver(self.parallel)
         self._writing: tuple[Writing, Place] | None = None
         self._saved: tuple[str, int] | None = None if place is None else (place.loop, place.step)
+        self.stop.place = None if place is None else str(place)
         self._since, self._base = time.monotonic(), 0  # steps of earlier loops
         self._label, self._steps, self._state = "", 0, State({})
 
@@ -144,11 +143,8 @@ class Keeper:
 
     def _end(self, number: int) -> None:
         self._finish()
-        name = signal.Signals(number).name
-        raise Ended(STOPPED, f"stopped by {name} after {self._where()}")
-
-    def _where(self) -> str:
-        return "nothing" if self._saved is None else f"step {self._saved[1]} of {self._steps} of {self._saved[0]}"
+        self.stop.asked = number  # perhaps another rank heard it
+        raise self.stop.end(agreed=True)
 
     def _agree(self, *values: int) -> list[int]:
         """Find the largest of each number over all ranks."""
@@ -220,25 +216,29 @@ class Keeper:
         folder = self._folder_of(place)
         try:
             sums = writing.finish()
+            if self.parallel.is_main:
+                self._publish(folder, place, sums)
+                self._prune(place)
         except OSError:
             if self.parallel.is_main:
                 remove(folder)  # there may be no room for half of it
             raise
-        if self.parallel.is_main:
-            place.write(folder)
-            sums[STATE] = sha256(folder / STATE)
-            lines = "".join(f"{digest}  {name}\n" for name, digest in sorted(sums.items()))
-            (folder / SUMS).write_text(lines, encoding="utf-8")
-            whole = folder.with_name(place.name)
-            remove(whole)  # one that was passed over as damaged
-            for name in (*sums, SUMS, "."):
-                _sync(folder / name)
-            folder.rename(whole)
-            _sync(whole.parent)
-            self._prune(place)
-        self._saved = (place.loop, place.step)
+        self._saved, self.stop.place = (place.loop, place.step), str(place)
         self.kept.saved += 1
         self.kept.stall_seconds += time.perf_counter() - begun
+
+    def _publish(self, folder: Path, place: Place, sums: dict[str, str]) -> None:
+        """Complete a checkpoint whose files are written, and let it appear: the main rank's."""
+        place.write(folder)
+        sums[STATE] = sha256(folder / STATE)
+        lines = "".join(f"{digest}  {name}\n" for name, digest in sorted(sums.items()))
+        (folder / SUMS).write_text(lines, encoding="utf-8")
+        whole = folder.with_name(place.name)
+        remove(whole)  # one that was passed over as damaged
+        for name in (*sums, SUMS, "."):
+            _sync(folder / name)
+        folder.rename(whole)
+        _sync(whole.parent)
 
     def _folder_of(self, place: Place) -> Path:
         return self.run / FOLDER / f".{place.name}{WRITING}"

@@ -103,12 +103,12 @@ def _named(path: Path, named_as: str, holds: _Holds, identity: Mapping[str, str]
 def begin(folder: RunFolder, origin: Origin, **state: Any) -> list[str]:
     """Prepare the folder for the run that begins; for the main rank. Returns lines for the user."""
     state |= {"identity": dict(origin.identity), "named": origin.named}
+    for path in unfinished(folder.path):  # the disk may have become full of it
+        remove(path)
     if origin.found is None:
         folder.begin(keep=(ROLLOUTS,) if origin.same else (), **state)
         return list(origin.notes)
     place, source = origin.found.place, origin.found.folder.parent.parent
-    for path in unfinished(folder.path):
-        remove(path)
     if origin.same:  # those of later steps, where the user went back; before the records that they count on
         for path in checkpoints(folder.path):
             if path.name > place.name and not any(str(path) in line for line in origin.found.skipped):

@@ -1,4 +1,4 @@
-"""Signals that ask a job to stop: SIGTERM and SIGUSR1, as schedulers send them, and Ctrl-C."""
+"""Signals that ask a job to stop: SIGTERM and SIGUSR1 of schedulers, SIGHUP of a terminal that closes, and Ctrl-C."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ import time
 from types import FrameType
 from typing import Any
 
-from dsm_train.cli.errors import STOPPED
+from dsm_train.cli.errors import STOPPED, Ended
 
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGINT)
 _ECHO = 2.0
-"""Seconds after Ctrl-C in which another is the same one, which torchrun passes on; a later one ends the job at once."""
+"""Seconds after a signal in which Ctrl-C is the same one, which torchrun passes on twice; a later one ends the job."""
 
 
 class Stop:
@@ -23,14 +23,16 @@ class Stop:
         """Tells: this rank says what it heard."""
         self.asked = 0
         """Number of the signal that was heard; 0: none."""
-        self.noted = False
-        """True within a loop."""
+        self.place: str | None = None
+        """Place of the newest checkpoint."""
+        self._noted, self._over = False, False
         self._tells, self._since, self._before = tells, 0.0, dict[signal.Signals, Any]()
 
     def listen(self) -> None:
-        """Begin; only Python's main thread can."""
+        """Begin; only Python's main thread can. What is ignored, as SIGHUP under nohup, stays so."""
         if threading.current_thread() is threading.main_thread():
-            self._before = {number: signal.signal(number, self._hear) for number in SIGNALS}
+            heard = [number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
+            self._before = {number: signal.signal(number, self._hear) for number in heard}
 
     def close(self) -> None:
         """Leave the signals to whom they belonged."""
@@ -38,13 +40,36 @@ class Stop:
             signal.signal(number, handler)
         self._before = {}
 
+    def note(self) -> None:
+        """Note signals from now on, for `asked` to be looked at."""
+        self._noted = True
+
+    def heed(self) -> None:
+        """End the job at a signal from now on, and at one that nobody has looked at."""
+        self._noted = False
+        if self.asked:
+            raise self.end(agreed=False)
+
+    def pass_over(self) -> None:
+        """Pass over signals from now on: the job ends anyway."""
+        self._over = True
+
+    def end(self, *, agreed: bool) -> Ended:
+        """Make the end of the job by the signal that was heard; agreed: on all ranks."""
+        where = "before the first checkpoint" if self.place is None else f"after {self.place}"
+        return Ended(STOPPED, f"stopped by {signal.Signals(self.asked).name} {where}", agreed=agreed)
+
     def _hear(self, number: int, frame: FrameType | None) -> None:
+        if self._over:
+            return
         now, again = time.monotonic(), bool(self.asked)
         if number == signal.SIGINT and again and now - self._since > _ECHO:
             raise KeyboardInterrupt
-        self.asked, self._since = self.asked or number, self._since or now
-        if not self.noted:
-            raise SystemExit(STOPPED)
-        if self._tells and not again:  # print may be what was interrupted
+        if again:
+            return
+        self.asked, self._since = number, now
+        if not self._noted:
+            raise self.end(agreed=False)
+        if self._tells:  # print may be what was interrupted
             second = "; Ctrl-C again ends at once, and loses what is not saved" if number == signal.SIGINT else ""
             os.write(2, f"\n{signal.Signals(number).name}: saving, then stopping{second}\n".encode())
