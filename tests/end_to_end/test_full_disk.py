@@ -6,7 +6,11 @@ a test mount a file system of its own, that becomes full as well.
 
 from __future__ import annotations
 
+import os
 import resource
+import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -38,6 +42,9 @@ MOMENTS = {
     "run.json, at the end": ("dsm_train.run:RunFolder.finish", 1, "step 4 of 4 of grpo"),
 }  # fmt: skip
 """Writer, call before which the disk is full, and the checkpoint that is left."""
+SIZES = ("64k", "600k", "1m", "1400k", "1900k")
+"""Sizes of a file system, each too small for the run."""
+ROOT = Path(__file__).parents[2]
 QUICK = ("run.json", "metrics.jsonl", "rollouts", "distcp", "common.pt", "weights")
 
 
@@ -103,3 +110,34 @@ def test_ranks_end_when_the_disk_of_one_is_full(
     assert statuses == [0, 0] and "continued from" in printed, printed
     whole = ranks_ended(2, tmp_path, {}, *command[:-1], f"run.out={tmp_path / 'whole'}")
     assert whole[0] == [0, 0] and Result.of(out) == Result.of(tmp_path / "whole")
+
+
+def test_a_file_system_that_is_full_ends_a_run_in_a_line(expected: Result, tmp_path: Path) -> None:
+    unshare = shutil.which("unshare")
+    if unshare is None or subprocess.run([unshare, "-Urm", "true"], capture_output=True, check=False).returncode:
+        pytest.skip("no user and mount namespaces here; the tests above fill the disk otherwise")
+    write_reward(tmp_path)
+    (tmp_path / "small").mkdir()
+    path = os.pathsep.join([str(ROOT), *(str(ROOT / "tests" / room) for room in ("end_to_end", "distributed"))])
+    done = subprocess.run(
+        [unshare, "-Urm", sys.executable, "-c", "import test_full_disk as t; t.run_on_a_small_disk()"],
+        cwd=tmp_path, env=os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
+        capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert Result.of(tmp_path / "kept") == expected
+    assert "Traceback" not in done.stderr
+    reports = [text for text in done.stderr.splitlines() if text.startswith("dsm-train grpo: ")]
+    assert len(reports) == len(SIZES) and all("run: No space left on device; " in text for text in reports), reports
+
+
+def run_on_a_small_disk() -> None:
+    """Run on a file system that is too small, made larger each time; in a namespace of its own."""
+    for number, size in enumerate((*SIZES, "64m")):
+        again = "remount," if number else ""
+        subprocess.run(["mount", "-t", "tmpfs", "-o", f"{again}size={size}", "tmpfs", "small"], check=True)
+        try:
+            run("grpo", *RUN, "run.out=small/run", "record=small/recorded.parquet", "record_step=1")
+        except SystemExit as end:
+            assert end.code == 74, end
+    shutil.copytree("small/run", "kept")
