@@ -17,6 +17,7 @@ from typing import Any, Generic, TypeVar
 import torch
 
 from dsm_train import __version__
+from dsm_train.checkpoint.find import FOLDER, MODEL
 from dsm_train.checkpoint.keeper import Keeper, State
 from dsm_train.checkpoint.resume import begin, choose
 from dsm_train.checkpoint.stop import Stop
@@ -24,8 +25,9 @@ from dsm_train.cli import check_alike, digest, fingerprint, tell_torchrun, to_ya
 from dsm_train.cli.errors import Ended, end_of
 from dsm_train.configs import StageConfig
 from dsm_train.data.tokenizer import FILES, Tokenizer
+from dsm_train.hf.architectures import HeadKind
 from dsm_train.hf.config import fresh_config
-from dsm_train.hf.dtypes import BY_NAME
+from dsm_train.hf.dtypes import BY_NAME, WeightsType
 from dsm_train.hf.files import weights_digest
 from dsm_train.hf.folder import Pretrained, write_config, write_tokenizer_note
 from dsm_train.hf.names import pieces
@@ -112,20 +114,27 @@ class Job(Generic[OwnConfigT]):
 
     def save(self, model: Model, tokenizer: Tokenizer) -> None:
         """Write weights and tokenizer to the output folder, a Hugging Face folder, also for `run.init`. Collective."""
-        config, kind = self.config, model.spec.kind
-        source, dtype = self.source, config.run.weights_dtype or config.model.dtype
+        shape, kind, dtype = self.config.model, model.spec.kind, BY_NAME[self.weights_dtype].torch
         self.parallel.watchdog.enter("saving of weights")
         with self.parallel.watchdog.paused(), appearing(self.out / "weights", self.parallel.is_main) as folder:
-            weights.save_weights(folder, model.chunks, config.model, self.parallel, BY_NAME[dtype].torch, kind)
-            if not self.parallel.is_main:
-                return
-            if source is not None:
-                source.write(folder, config.model, kind, dtype, without=FILES)
-            else:
-                description = fresh_config(config.model, special_ids(tokenizer))
-                write_config(folder, description.written(config.model, kind, dtype))
-            tokenizer.save(folder)
-            write_tokenizer_note(folder, tokenizer.vocab_size, tokenizer.fingerprint())
+            weights.save_weights(folder, model.chunks, shape, self.parallel, dtype, kind)
+            if self.parallel.is_main:
+                self.describe(folder, tokenizer, kind)
+
+    def describe(self, folder: Path, tokenizer: Tokenizer, kind: HeadKind = "language") -> None:
+        """Write what lies beside the weights, the tokenizer as well; for the main rank."""
+        model, dtype = self.config.model, self.weights_dtype
+        if self.source is not None:
+            self.source.write(folder, model, kind, dtype, without=FILES)
+        else:
+            write_config(folder, fresh_config(model, special_ids(tokenizer)).written(model, kind, dtype))
+        tokenizer.save(folder)
+        write_tokenizer_note(folder, tokenizer.vocab_size, tokenizer.fingerprint())
+
+    @property
+    def weights_dtype(self) -> WeightsType:
+        """Type that the weights are written in."""
+        return self.config.run.weights_dtype or self.config.model.dtype
 
 
 def special_ids(tokenizer: Tokenizer) -> dict[str, int | list[int] | None]:
@@ -181,7 +190,11 @@ def start(config: ConfigT, stage: str, questions: Questions, *, trains: bool = T
             opening = [startup_table(served_by(config, ranks, threads)), *notes, *missing_ops()]
             if ranks.is_main:  # the output of a stage that answers is its answer
                 print("\n".join(opening), file=sys.stdout if trains else sys.stderr, flush=True)
-            yield Job(config, ranks, metrics, samples, keeper, questions.source)
+            job = Job(config, ranks, metrics, samples, keeper, questions.source)
+            if folder is not None:
+                with appearing(job.out / FOLDER / MODEL) as described:
+                    job.describe(described, questions.tokenizer)
+            yield job
             if keeper is not None:
                 keeper.close()
             if folder is not None and keeper is not None:

@@ -13,6 +13,8 @@ from dsm_train.megatron.parallel import Parallel
 
 FOLDER = "checkpoints"
 """Folder of a run's checkpoints, within that of the run."""
+MODEL = "model"
+"""Folder beside them that describes their model: config.json, tokenizer and the like, all but weights."""
 WRITING = ".writing"
 """End of the name of one that is not finished; its begin is a dot."""
 

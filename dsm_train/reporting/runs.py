@@ -222,7 +222,7 @@ def _lives(file: Path) -> bool | None:
 
 def _checkpoints(run: Path) -> Iterator[Checkpoint]:
     try:
-        folders = sorted(path for path in (run / "checkpoints").iterdir() if path.is_dir() and path.name[:1] != ".")
+        folders = sorted(path for path in (run / "checkpoints").iterdir() if path.is_dir() and path.name[:1].isdigit())
     except OSError:
         return
     yield from map(Checkpoint.read, folders)

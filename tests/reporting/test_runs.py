@@ -55,6 +55,7 @@ def write_checkpoint(run: Path, step: int, **about: Any) -> Path:
     place = Place(**at, **sizes, **empty)
     folder = run / "checkpoints" / place.name
     folder.mkdir(parents=True)
+    (run / "checkpoints" / "model").mkdir(exist_ok=True)  # which describes their model
     place.write(folder)
     (folder / "__0_0.distcp").write_bytes(bytes(1_500_000))
     (folder / "SHA256SUMS").write_text("")
