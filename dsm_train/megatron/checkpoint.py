@@ -149,6 +149,21 @@ def load(folder: Path, models: Mapping[str, Model], parallel: Parallel) -> None:
         _take(model, loaded[name], parallel)
 
 
+def load_weights(folder: Path, name: str, model: Model, parallel: Parallel) -> None:
+    """Read the weights alone of one of a checkpoint's models, in any layout and by any layers. Collective.
+
+    Raises `CheckpointingException` for a weight that the checkpoint lacks, or has in another shape.
+    """
+    # Beside weights, layers list a state of their own, empty here, which differs between implementations.
+    tensors, _ = extract_sharded_tensors_and_factories(_sharded_weights(model, parallel))
+    add_prefix_for_sharding(tensors, f"{name}.")
+    state: Any = {name: tensors}
+    loaded: Any = dist_checkpointing.load(state, str(folder), strict=StrictHandling.RAISE_UNEXPECTED)
+    for i, chunk in enumerate(model.chunks):
+        result = chunk.load_state_dict(loaded[name][f"chunk{i}"], strict=False)
+        assert not result.unexpected_keys and all(key.endswith("_extra_state") for key in result.missing_keys)
+
+
 def _sharded(name: str, model: Model, parallel: Parallel, *, loading: bool) -> dict[str, Any]:
     """Describe the state of a model on this rank: tensors, and the parts of them that it holds."""
     chunks = _sharded_weights(model, parallel)

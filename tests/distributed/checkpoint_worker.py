@@ -13,7 +13,7 @@ import torch.distributed as dist
 from dsm_train.config import ModelConfig, OptimConfig, ParallelConfig
 from dsm_train.hf.architectures import HeadKind
 from dsm_train.megatron import parallel, weights
-from dsm_train.megatron.checkpoint import Saver, _optimizers, load
+from dsm_train.megatron.checkpoint import Saver, _optimizers, load, load_weights
 from dsm_train.megatron.heads import HeadSpec
 from dsm_train.megatron.parallel import Parallel
 from dsm_train.megatron.step import Model, TrainableModel
@@ -50,6 +50,15 @@ def seeded(layout: Parallel, config: ModelConfig, head: HeadSpec, seed: int) -> 
     built = weights.build_model(config, head, layout)
     weights.initialise(built, config, seed, layout)
     return built
+
+
+def without_optimizer(folder: Path, name: str, layout: Parallel) -> Model:
+    """The trained model's weights alone, in a model that pads the vocabulary otherwise."""
+    config, kind = MODELS[name]
+    config, head = replace(config, vocab_multiple=1), HeadSpec(tiny.VOCAB, kind)
+    model = Model(config, head, seeded(layout, config, head, seed=7), layout)
+    load_weights(folder, "policy", model, layout)
+    return model
 
 
 def step(model: TrainableModel, number: int) -> None:
@@ -130,6 +139,9 @@ def resume(rank: int, world: int, store: dist.Store, out: Path, layout_name: str
             policy = models["policy"]
             assert isinstance(policy, TrainableModel)
             held = {part: full(model, layout) for part, model in models.items()}
+            alone = full(without_optimizer(out / f"{other}-{name}", name, layout), layout)
+            assert all(torch.equal(held["policy"][key], value) for key, value in alone.items())
+            assert alone.keys() == held["policy"].keys()
             step(policy, 3)
             after = full(policy, layout)
             if not layout.is_main:
