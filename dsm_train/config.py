@@ -317,7 +317,8 @@ class RunConfig:
     """auto: continue the unfinished run that `out` holds, from its newest checkpoint; never: begin anew, and move that
     run aside; or the folder of a checkpoint, or of a run, to continue from."""
     init: Path | None = None
-    """Folder of weights to start from: a Hugging Face model, or weights/ of another run; none: random weights."""
+    """Folder of weights to start from: a Hugging Face model, or weights/ of another run; none: random weights. A
+    checkpoint becomes such a folder through dsm-train convert."""
     weights_dtype: Literal["fp32", "bf16", "fp16"] | None = None
     """Type that the weights are written in; none: model.dtype."""
     seed: int = 0

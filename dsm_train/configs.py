@@ -207,7 +207,7 @@ class GenerateConfig(StageConfig):
 
 @dataclass(frozen=True)
 class ConvertConfig:
-    """Stage `convert`: read weights, in any layout, and write them in other files or another type."""
+    """Stage `convert`: read weights or a checkpoint, in any layout, and write them in other files or another type."""
 
     run: RunConfig = field(default_factory=RunConfig)
     """Run: weights_dtype none keeps the type of every tensor."""
@@ -228,7 +228,7 @@ class ConvertConfig:
     }
 
     def __post_init__(self) -> None:
-        require(self.run.init is not None, "run.init", "given: the folder to convert", "none")
+        require(self.run.init is not None, "run.init", "given: the folder to convert, or a checkpoint", "none")
         require(self.run.out is not None, "run.out", "given: the folder to write", "none")
         above(0, self, "shard_gb")
 

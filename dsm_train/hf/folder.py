@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
 from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, replace
@@ -20,6 +21,8 @@ from dsm_train.hf.names import pieces
 
 CONFIG, GENERATION, TOKENIZER_NOTE = "config.json", "generation_config.json", "dsm.json"
 _FORMER = "model.json"
+_OF_CHECKPOINT = ("state.json", ".metadata")
+"""Files of a run's checkpoint: the run's place, and Megatron's index."""
 _AS_GIVEN = ("layers", "attention", "dtype", "recompute", "logits_mib", "vocab_multiple", "max_length")
 _OF_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx")
 _IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
@@ -171,7 +174,17 @@ def _read_json(path: Path) -> Mapping[str, Any]:
     return values
 
 
+def is_checkpoint(folder: Path) -> bool:
+    """True for the checkpoint of a run, damaged or not, whose weights are in Megatron's files."""
+    return not (folder / CONFIG).exists() and any((folder / name).is_file() for name in _OF_CHECKPOINT)
+
+
 def _no_config(folder: Path) -> str:
+    if is_checkpoint(folder):
+        return (
+            f"{folder} is a checkpoint, whose weights are in Megatron's files: have them written as a folder, and give "
+            f"that: dsm-train convert {shlex.quote(f'run.init={folder}')} run.out=NEW"
+        )
     if (folder / _FORMER).is_file():
         return (
             f"{folder} was written by an earlier version of this trainer ({_FORMER} and no {CONFIG}), whose format is "
