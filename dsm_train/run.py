@@ -7,7 +7,7 @@ import os
 import shlex
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict, dataclass, replace
 from importlib.util import find_spec
 from math import prod
@@ -19,7 +19,7 @@ import torch
 from dsm_train import __version__
 from dsm_train.checkpoint.find import FOLDER, MODEL
 from dsm_train.checkpoint.keeper import Keeper, State
-from dsm_train.checkpoint.resume import begin, choose
+from dsm_train.checkpoint.resume import Origin, begin, choose
 from dsm_train.checkpoint.stop import Stop
 from dsm_train.cli import check_alike, digest, fingerprint, tell_torchrun, to_yaml, user_errors
 from dsm_train.cli.errors import Ended, end_of
@@ -44,7 +44,7 @@ from dsm_train.packing.packer import Packer
 from dsm_train.prepare import Questions
 from dsm_train.reporting.folder import RunFolder, claim_folder
 from dsm_train.reporting.metrics import Metrics, Samples, prepare_output
-from dsm_train.reporting.record import command
+from dsm_train.reporting.record import Record, command, own_code
 from dsm_train.reporting.report import startup_table
 from triton_kernels import implementations
 
@@ -153,8 +153,8 @@ def start(config: ConfigT, stage: str, questions: Questions, *, trains: bool = T
     An error in what the user gave is one line and exit status 2; other ends that are no crash: cli/errors.py. A stage
     that does not train claims no folder and keeps no records.
     """
-    prog, folder, origin = f"dsm-train {stage}", None, None
-    with user_errors(prog):
+    folder = origin = None
+    with user_errors(f"dsm-train {stage}"):
         if trains and parallel.rank() == 0:
             folder = claim_folder(config.run, stage)
         elif config.run.out is not None and not trains:
@@ -164,51 +164,76 @@ def start(config: ConfigT, stage: str, questions: Questions, *, trains: bool = T
         who = identity(config, questions)
         check_alike(ranks.gather_over_ranks(who))
         if trains:
-            origin = choose(config.run, folder, {"the stage": stage} | who | surroundings(ranks, threads), ranks)
-    stop, metrics, samples = Stop(tells=ranks.is_main), Metrics(None), Samples(None)
-    again = "the same command continues" if config.run.out or folder is None else continuing(folder.path)
-    out = ranks.from_main(config.run.out if folder is None else folder.path)
-    config = replace(config, run=replace(config.run, out=out))
-
-    def end(error: BaseException) -> Ended | None:
-        return end_of(error, out or Path(), stop.place)
-
+            who |= {"the stage": stage} | surroundings(ranks, threads)
+            origin = choose(config.run, folder, who, ranks, shared=config.checkpoint.wanted)
+    stop = Stop(tells=ranks.is_main)
+    opening = [startup_table(served_by(config, ranks, threads)), *questions.notes, *missing_ops()]
     try:
         if not ranks.is_replica_main:
             questions.grader.close()  # it has tried the user's functions, and others grade
-        with ends(prog, folder, again, end), ranks.watchdog.failures(end):
-            keeper, notes = None, list(questions.notes)
-            if origin is not None:
-                assert out is not None
-                stop.listen()
-                if folder is not None:
-                    ranks.watchdog.last_words = lambda how: folder.end(how) or again
-                    notes += [*begin(folder, origin, stage=stage), f"records and checkpoints: {out}; {again}"]
-                    (out / "config.yaml").write_text(to_yaml(config))
-                    metrics, samples = Metrics(out), Samples(out)
-                keeper = Keeper(config.checkpoint, out, ranks, origin, metrics, samples, stop)
-            opening = [startup_table(served_by(config, ranks, threads)), *notes, *missing_ops()]
+        if origin is not None:
+            with training(config, stage, questions, ranks, folder, origin, stop, opening) as job:
+                yield job
+            return
+        with ranks.watchdog.failures():
             if ranks.is_main:  # the output of a stage that answers is its answer
-                print("\n".join(opening), file=sys.stdout if trains else sys.stderr, flush=True)
-            job = Job(config, ranks, metrics, samples, keeper, questions.source)
-            if folder is not None:
-                with appearing(job.out / FOLDER / MODEL) as described:
-                    job.describe(described, questions.tokenizer)
-            yield job
-            if keeper is not None:
-                keeper.close()
-            if folder is not None and keeper is not None:
-                stop.pass_over()
-                folder.finish(checkpoints=asdict(keeper.kept))
+                print("\n".join(opening), file=sys.stderr, flush=True)
+            yield Job(config, ranks, Metrics(None), Samples(None), None, questions.source)
     finally:
         stop.pass_over()
-        metrics.close()
-        samples.close()
         questions.grader.close()
         if folder is not None:
             folder.close()
         parallel.stop(ranks)
         stop.close()
+
+
+@contextmanager
+def training(
+    config: ConfigT,
+    stage: str,
+    questions: Questions,
+    ranks: Parallel,
+    folder: RunFolder | None,
+    origin: Origin,
+    stop: Stop,
+    opening: list[str],
+) -> Iterator[Job[ConfigT]]:
+    """Run a job that trains: records in its folder, which the main rank has, checkpoints, and the ends of a run.
+
+    opening: lines to begin with.
+    """
+    again = "the same command continues" if config.run.out or folder is None else continuing(folder.path)
+    out = ranks.from_main(None if folder is None else folder.path)
+    assert out is not None
+    config = replace(config, run=replace(config.run, out=out))
+
+    def end(error: BaseException) -> Ended | None:
+        return end_of(error, out, stop.place)
+
+    with ends(f"dsm-train {stage}", folder, again, end), ranks.watchdog.failures(end), ExitStack() as files:
+        stop.listen()
+        gpus = [name for name in ranks.gather_over_ranks(gpu_name()) if name]
+        metrics, samples = Metrics(None), Samples(None)
+        if folder is not None:
+            ranks.watchdog.last_words = lambda how: folder.end(how) or again
+            record = Record.now(config.parallel, config.run.seed, ranks=ranks.world_size, gpus=gpus)
+            starts = [*(folder.starts if origin.same and origin.found else ()), asdict(record)]
+            opening += [*begin(folder, origin, stage=stage, starts=starts), f"records and checkpoints: {out}; {again}"]
+            own_code().save(out)
+            (out / "config.yaml").write_text(to_yaml(config))
+            metrics, samples = files.enter_context(closing(Metrics(out))), files.enter_context(closing(Samples(out)))
+            print("\n".join(opening), flush=True)
+        keeper = Keeper(config.checkpoint, out, ranks, origin, metrics, samples, stop)
+        job = Job(config, ranks, metrics, samples, keeper, questions.source)
+        if folder is not None:
+            with appearing(out / FOLDER / MODEL) as described:
+                job.describe(described, questions.tokenizer)
+        yield job
+        keeper.close()
+        if folder is not None:
+            stop.pass_over()
+            folder.finish(checkpoints=asdict(keeper.kept))
 
 
 @contextmanager
@@ -244,13 +269,17 @@ def continuing(out: Path) -> str:
 
 def surroundings(ranks: Parallel, threads: int) -> dict[str, str]:
     """Write down what computes, as far as rounding depends on it."""
-    device = platform.device()
     return {
         "the number of ranks": str(ranks.world_size),
         "the threads of a rank": str(threads),
-        "the device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
+        "the device": gpu_name() or "cpu",
         "the version of torch": torch.__version__,
     }
+
+
+def gpu_name() -> str | None:
+    """Name this rank's GPU; None on the CPU."""
+    return torch.cuda.get_device_name() if platform.device().type == "cuda" else None
 
 
 def identity(config: StageConfig, questions: Questions) -> dict[str, str]:

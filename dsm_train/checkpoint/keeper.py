@@ -94,16 +94,17 @@ class Keeper:
 
     def after(self, step: int, values: Mapping[str, float]) -> None:
         """Write a checkpoint if one is due after `step` steps of the loop; raises `Ended` where a signal came."""
-        asked, writes, old = self._agree(
+        asked, writes, old, better = self._agree(
             self.stop.asked,
             self._writing is not None and self._writing[0].going_on,
             self.parallel.is_main and self._is_old(),
+            self.parallel.is_main and self._improves(values),
         )
         if self._writing is not None and not writes:
             self._finish()
         last = step == self._steps
         due = self.config.every is not None and step % self.config.every == 0
-        if self._improves(values) or due or old or (self.config.wanted and last) or asked:
+        if better or due or old or (self.config.wanted and (last or asked)):
             self._save(step, values)
         if asked:
             self._end(asked)
@@ -125,7 +126,7 @@ class Keeper:
         """Stop between two phases of a step where a signal came, after `step` whole ones: the weights are theirs."""
         (asked,) = self._agree(self.stop.asked)
         if asked:
-            if self._saved != (self._label, step):
+            if self.config.wanted and self._saved != (self._label, step):
                 self._save(step, {})
             self._end(asked)
 

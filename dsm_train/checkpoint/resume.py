@@ -40,15 +40,19 @@ class _Holds:
     """Folder that it was continued from."""
 
 
-def choose(run: RunConfig, folder: RunFolder | None, identity: Mapping[str, str], parallel: Parallel) -> Origin:
+def choose(
+    run: RunConfig, folder: RunFolder | None, identity: Mapping[str, str], parallel: Parallel, *, shared: bool = True
+) -> Origin:
     """Choose where the run begins, as run.resume says; folder: the main rank's. Collective.
 
+    shared: all ranks will write to the folder, and have to see it.
     Raises `ValueError` on all ranks for a run of another configuration, and for checkpoints of which none is whole.
     """
     holds = None if folder is None else _Holds(folder.path, folder.unfinished, folder.identity, folder.named)
     holds = parallel.from_main(holds)
     assert holds is not None
-    _check_shared(holds.path, parallel)
+    if shared:
+        _check_shared(holds.path, parallel)
     if run.resume == "never":
         aside = (f"the unfinished run in {holds.path} is moved aside",) if holds.unfinished else ()
         return Origin(identity, notes=aside)
@@ -140,5 +144,6 @@ def _check_shared(path: Path, parallel: Parallel) -> None:
     if not all(sees):
         raise ValueError(
             f"run.out: rank {sees.index(False)} does not see {path.absolute()}, where every rank writes its part of a "
-            "checkpoint: choose a folder on a disk that all nodes share"
+            "checkpoint: choose a folder on a disk that all nodes share, or turn checkpoints off with "
+            "checkpoint.every_minutes=null"
         )

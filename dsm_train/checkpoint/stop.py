@@ -20,7 +20,7 @@ class Stop:
     """Listener to signals: within a loop they are noted, for the loop to save and stop; elsewhere they end the job."""
 
     def __init__(self, tells: bool) -> None:
-        """Tells: this rank says what it heard."""
+        """tells: this rank says what it heard."""
         self.asked = 0
         """Number of the signal that was heard; 0: none."""
         self.place: str | None = None

@@ -31,6 +31,7 @@ FILES = (
     "eval.json",
     "weights",
     "checkpoints",
+    "changes",
     ROLLOUTS,
 )
 """Files and folders that a run writes. Those of other names are the user's and stay."""
@@ -79,6 +80,11 @@ class RunFolder:
     def identity(self) -> dict[str, str]:
         """Identity of the run that the folder holds; {} where none is known."""
         return dict(self._state.get("identity") or {})
+
+    @property
+    def starts(self) -> list[Any]:
+        """Records of the starts of the run that the folder holds."""
+        return list(self._state.get("starts") or [])
 
     @property
     def named(self) -> str | None:
