@@ -71,6 +71,8 @@ def named(path: Path, parallel: Parallel) -> Found:
 
     Raises `ValueError` for a folder that is neither, or not whole.
     """
+    if path.name == FOLDER and not (path / FOLDER).exists():
+        path = path.parent
     exists, is_run, is_checkpoint = parallel.from_main(
         (path.is_dir(), (path / FOLDER).is_dir(), any((path / name).exists() for name in (STATE, SUMS)))
     )

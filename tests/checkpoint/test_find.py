@@ -61,7 +61,7 @@ def test_a_whole_checkpoint_is_found(tmp_path: Path, layout: Parallel) -> None:
     (folder / ".nfs0001").touch()
     found = newest(tmp_path, layout)
     assert found is not None and (found.folder, found.place, found.skipped) == (folder, PLACE, ())
-    assert named(folder, layout) == named(tmp_path, layout) == found
+    assert named(folder, layout) == named(tmp_path, layout) == named(tmp_path / FOLDER, layout) == found
 
 
 @pytest.mark.parametrize("name", FILES)
