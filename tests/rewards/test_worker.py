@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -16,7 +17,7 @@ from dsm_train.data.tasks import Task
 from dsm_train.rewards import RewardConfig, RewardFunction
 from dsm_train.rewards.grader import Grader
 from dsm_train.rewards.outcome import Failed, Returned
-from dsm_train.rewards.worker import Worker
+from dsm_train.rewards.worker import Worker, find_source
 
 MINE = """
 import os, re, subprocess, sys, time, warnings
@@ -253,7 +254,7 @@ def test_a_function_without_a_verdict_on_a_right_completion_is_told_of(folder: P
 @pytest.mark.skipif(sys.platform != "linux", reason="the kernel ends the process with its parent on Linux alone")
 def test_a_killed_run_leaves_no_process_that_never_returns(folder: Path) -> None:
     program = f"""
-from dsm_train.rewards.worker import Worker
+from dsm_train.rewards.worker import Worker, find_source
 worker = Worker(["mine:process", "mine:backtrack"], [{str(folder)!r}], 1000)
 print(int(worker.call(0, ["a"], [None]).values[0]), flush=True)
 worker.call(1, ["a"], [None])
@@ -266,3 +267,14 @@ worker.call(1, ["a"], [None])
     run.send_signal(signal.SIGKILL)
     run.wait()
     assert ends_within(process, 5)
+
+
+def test_the_file_of_a_module_is_found_without_importing_it(tmp_path: Path) -> None:
+    package = tmp_path / "mine" / "inner"
+    package.mkdir(parents=True)
+    for file in (tmp_path / "plain.py", package / "rewards.py", package / "__init__.py"):
+        file.write_text("raise RuntimeError\n")
+    assert find_source("plain", [str(tmp_path)]) == tmp_path / "plain.py"
+    assert find_source("mine.inner.rewards", [str(tmp_path)]) == package / "rewards.py"
+    assert find_source("json.decoder", [str(tmp_path)]) == Path(json.decoder.__file__)
+    assert find_source("gone", [str(tmp_path)]) is None and find_source("plain.inner", [str(tmp_path)]) is None
