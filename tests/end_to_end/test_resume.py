@@ -238,9 +238,11 @@ def test_a_reward_function_that_was_mended_is_told_and_the_best_checkpoint_stays
     source = "def digits(completions, tasks):\n    return [float(sum(c.isdigit() for c in x)) for x in completions]\n"
     (tmp_path / "digits_reward.py").write_text(source)
     monkeypatch.chdir(tmp_path)
-    command = (*GRPO, "algorithm.prompts_per_step=2", "algorithm.group_size=2", "optim.lr=1e-2",
-               "rewards.unfinished=keep", "rewards.functions=[{call: digits_reward:digits}]", "checkpoint.every=1", "checkpoint.keep=1",
-               "checkpoint.best=reward", "checkpoint.best_is=lowest", "steps=3")  # fmt: skip
+    command = (
+        *GRPO, "steps=3", "algorithm.prompts_per_step=2", "algorithm.group_size=2", "optim.lr=1e-2",
+        "rewards.unfinished=keep", "rewards.functions=[{call: digits_reward:digits}]",
+        "checkpoint.every=1", "checkpoint.keep=1", "checkpoint.best=reward", "checkpoint.best_is=lowest",
+    )  # fmt: skip
     run("grpo", *command, f"run.out={tmp_path / 'out'}")
     assert steps_kept(tmp_path / "out") == {best_step(tmp_path / "out"), 3}
     out = break_off(tmp_path / "out", tmp_path / "broken", step=3)
