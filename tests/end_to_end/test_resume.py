@@ -15,6 +15,7 @@ from commands import refused as refused_by_a_process
 from megatron.core import parallel_state
 from ranks import run_ranks
 
+from dsm_train.checkpoint.find import checkpoints
 from dsm_train.cli import errors
 from dsm_train.megatron.checkpoint import sha256
 
@@ -42,7 +43,7 @@ def break_off(finished: Path, folder: Path, step: int) -> Path:
     for name in RESULTS:
         path = folder / name
         shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-    for path in (folder / "checkpoints").iterdir():
+    for path in checkpoints(folder):
         if int(path.name.rsplit("-", 1)[1]) > step:
             shutil.rmtree(path)
     state = json.loads((folder / "run.json").read_text())
@@ -156,7 +157,7 @@ def test_going_back_to_an_older_checkpoint(
     run("sft", *RUN, f"run.out={out}", f"run.resume={checkpoint(old, 1)}", *overwrite)
     assert f"continued from {old}/checkpoints/00000001-sft-1: step 1 of 4 of sft" in capsys.readouterr().out
     assert same_end(out, finished)
-    assert len(list((out / "checkpoints").iterdir())) == (3 if new else 4)
+    assert len(checkpoints(out)) == (3 if new else 4)
     if new:
         assert contents(old) == before
 
@@ -261,7 +262,7 @@ def best_step(folder: Path) -> int:
 
 
 def steps_kept(folder: Path) -> set[int]:
-    return {int(path.name.rsplit("-", 1)[1]) for path in (folder / "checkpoints").iterdir()}
+    return {int(path.name.rsplit("-", 1)[1]) for path in checkpoints(folder)}
 
 
 Damage = Callable[[Path], object]
@@ -296,7 +297,7 @@ def test_the_newest_checkpoint_that_is_whole_is_taken_and_the_others_are_named(
     assert f"{begin}/00000002-sft-2: common.pt is missing" in printed
     assert f"continued from {checkpoint(broken_off, 1)}" in printed
     assert same_end(broken_off, finished)
-    assert {path.name for path in (broken_off / "checkpoints").iterdir()} == {f"{n:08}-sft-{n}" for n in range(1, 5)}
+    assert {path.name for path in checkpoints(broken_off)} == {f"{n:08}-sft-{n}" for n in range(1, 5)}
 
 
 def test_without_a_whole_checkpoint_the_run_is_refused_and_nothing_is_touched(
@@ -354,7 +355,7 @@ def test_two_ranks_agree_on_what_is_wrong_and_on_what_is_whole(broken_off: Path,
     begin = f"skipped {broken_off}/checkpoints/00000003-sft-3: metadata.json is damaged"
     printed = run_on_ranks(2, tmp_path, "sft", *RUN, f"run.out={broken_off}")
     assert begin in printed and "the number of ranks was 1, and is 2" in printed
-    for path in (broken_off / "checkpoints").iterdir():
+    for path in checkpoints(broken_off):
         (path / "state.json").write_text("{}")
     command = (*RUN, f"run.out={tmp_path / 'new'}", f"run.resume={broken_off}")
     first, second = run_ranks(status_of_rank, 2, tmp_path, "sft", *command)
