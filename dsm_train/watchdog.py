@@ -358,9 +358,9 @@ def _ranks(ranks: Iterable[int]) -> str:
     return f"rank{'s' if '-' in text or ',' in text else ''} {text}"
 
 
-def _in_collective(frame: FrameType, line: int) -> bool:
-    """True when a stack that ends in this frame and line waits for other ranks."""
-    module, source = frame.f_globals.get("__name__", ""), linecache.getline(frame.f_code.co_filename, line)
+def _in_collective(frame: FrameType, line: int | None) -> bool:
+    """True when a stack that ends in this frame and line waits for other ranks; a frame between lines has none."""
+    module, source = frame.f_globals.get("__name__", ""), linecache.getline(frame.f_code.co_filename, line or 0)
     handle = module.startswith(("dsm_train.", "megatron.", "torch.")) and ".wait(" in source
     return handle or module.startswith("torch.distributed.")
 
