@@ -2,6 +2,7 @@
 # make corpus-demo  install what mining a corpus needs, then mine a synthetic web (minutes)
 # make test         install, then all tests that need no GPU and are not slow
 # make test-all     install, then the slow ones too
+# make kill-test    install, then kill runs at random moments, and compare each with one that was never killed (KILLS=20 each)
 # make vllm-test    install vLLM's CPU build beside, then compare greedy tokens with it (minutes, 4 GB; Linux on x86)
 # make lint         formatting, lint, types
 # Each works as the first command on a machine with Python 3.11 or 3.12 and make. With a C++ compiler the ops run faster on
@@ -16,7 +17,7 @@ VENV_VLLM ?= .venv-vllm
 PY        := $(VENV)/bin/python
 PIP       := $(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: quickstart corpus-demo test test-all vllm-test lint clean
+.PHONY: quickstart corpus-demo test test-all kill-test vllm-test lint clean
 
 quickstart: $(VENV)/.train
 	$(PY) -m dsm_train grpo --config recipes/quickstart.yaml run.out=runs/quickstart run.overwrite=true
@@ -53,6 +54,13 @@ test-corpus: $(VENV)/.dev
 test-rest: $(VENV)/.dev
 	$(PYTEST) tests --ignore=tests/distributed --ignore=tests/end_to_end --ignore=tests/corpus --ignore=tests/vllm \
 		-m "$(SELECTED)"
+
+KILLS ?= 20
+
+kill-test: $(VENV)/.dev
+	for stage in sft grpo; do for layout in one tp2 pp2 dp2; do \
+		OMP_NUM_THREADS=1 $(PY) tests/end_to_end/killing.py --stage $$stage --layout $$layout --kills $(KILLS) || exit 1; \
+	done; done
 
 vllm-test: $(VENV)/.dev $(VENV_VLLM)/.vllm
 	VENV_VLLM=$(VENV_VLLM) $(PYTEST) tests/vllm

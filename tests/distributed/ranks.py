@@ -24,40 +24,78 @@ _ON_THE_CPU = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}  # gloo, what
 _OF_A_LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
-def run_ranks(main: Callable[..., None], world: int, out: Path, *arguments: str, timeout: float = 300) -> list[str]:
-    """Call `main(rank, world, store, out, *arguments)` on each of `world` ranks; the first that fails ends all.
+class Ranks:
+    """Ranks at work, until they have ended or are killed."""
 
-    Returns what each rank printed; one that hangs prints its stack before the time is up. `store` is a
-    `dist.FileStore` of this call's own. A failure, or ranks that take longer than `timeout` seconds, is an
-    AssertionError with all that the ranks printed.
-    """
-    _start_server()
-    unique = out / f"{main.__module__}-{world}-{time.monotonic_ns()}"
-    prints = [unique.with_name(f"{unique.name}-{rank}.txt") for rank in range(world)]
-    # The function by name: a rank imports its module with the environment in place.
-    names = (main.__module__, main.__qualname__)
-    ranks = [
-        _FORKED.Process(
-            target=_rank, args=(names, rank, world, unique, out, prints[rank], timeout, arguments), daemon=True
-        )
-        for rank in range(world)
-    ]
-    deadline = time.monotonic() + timeout
-    try:
-        for rank in ranks:
+    def __init__(self, main: Callable[..., None], world: int, out: Path, *arguments: str, timeout: float = 300) -> None:
+        """Call `main(rank, world, store, out, *arguments)` on each of `world` ranks.
+
+        `store` is a `dist.FileStore` of this call's own. A rank that hangs prints its stack before `timeout` seconds.
+        """
+        _start_server()
+        unique = out / f"{main.__module__}-{world}-{time.monotonic_ns()}"
+        self._prints = [unique.with_name(f"{unique.name}-{rank}.txt") for rank in range(world)]
+        # The function by name: a rank imports its module with the environment in place.
+        names = (main.__module__, main.__qualname__)
+        self._ranks = [
+            _FORKED.Process(
+                target=_rank, args=(names, rank, world, unique, out, prints, timeout, arguments), daemon=True
+            )
+            for rank, prints in enumerate(self._prints)
+        ]
+        for rank in self._ranks:
             rank.start()
-        while None in (statuses := [rank.exitcode for rank in ranks]) and not any(statuses):
-            running = [rank.sentinel for rank in ranks if rank.exitcode is None]
-            late = not connection.wait(running, deadline - time.monotonic())
-            assert not late, f"the ranks took longer than {timeout} s\n" + _printed(prints)
-        time.sleep(0.2 if any(statuses) else 0)  # others may have something to say too
+
+    @property
+    def statuses(self) -> list[int | None]:
+        """Exit status of each rank, below 0 for a signal; None while it runs."""
+        return [rank.exitcode for rank in self._ranks]
+
+    def wait(self, seconds: float, *, others: bool = False, news: int | None = None) -> bool:
+        """Wait until all have ended, or one has failed; False when it takes longer than so many seconds.
+
+        others: wait for those that a failed one leaves behind as well; news: a file from which ranks can be heard, and
+        which ends the waiting when it can be read.
+        """
+        deadline = time.monotonic() + seconds
+        while None in (statuses := self.statuses) and (others or not any(statuses)):
+            running = [rank.sentinel for rank in self._ranks if rank.exitcode is None]
+            ready = connection.wait([*running, *([] if news is None else [news])], max(0, deadline - time.monotonic()))
+            if not ready:
+                return False
+            if news in ready:
+                break
+        return True
+
+    def kill(self, rank: int | None = None) -> None:
+        """Kill those that run, or one of them."""
+        if rank is not None:
+            return self._ranks[rank].kill()
+        for process in self._ranks:
+            process.kill()
+        for process in self._ranks:
+            process.join()
+
+    def printed(self) -> list[str]:
+        """Read what each rank has printed."""
+        return [file.read_text() if file.exists() else "" for file in self._prints]
+
+
+def run_ranks(main: Callable[..., None], world: int, out: Path, *arguments: str, timeout: float = 300) -> list[str]:
+    """Call `main` on ranks as `Ranks` does; the first that fails ends all. Returns what each rank printed.
+
+    A failure, or ranks that take longer than `timeout` seconds, is an AssertionError with all that the ranks printed.
+    """
+    ranks = Ranks(main, world, out, *arguments, timeout=timeout)
+    try:
+        in_time = ranks.wait(timeout)
+        time.sleep(0.2 if any(ranks.statuses) else 0)  # others may have something to say too
     finally:
-        for rank in ranks:
-            if rank.pid is not None:
-                rank.kill()
-                rank.join()
-    assert [rank.exitcode for rank in ranks] == [0] * world, _printed(prints)
-    return [file.read_text() for file in prints]
+        ranks.kill()
+    printed = ranks.printed()
+    assert in_time, f"the ranks took longer than {timeout} s\n" + "\n".join(printed)
+    assert ranks.statuses == [0] * world, "\n".join(printed)
+    return printed
 
 
 def _start_server() -> None:
@@ -91,7 +129,3 @@ def _rank(
     module, name = main
     function = getattr(importlib.import_module(module), name)
     function(rank, world, dist.FileStore(str(store), world), out, *arguments)
-
-
-def _printed(files: list[Path]) -> str:
-    return "\n".join(file.read_text() for file in files if file.exists())
