@@ -96,7 +96,7 @@ class Keeper:
         """Write a checkpoint if one is due after `step` steps of the loop; raises `Ended` where a signal came."""
         asked, writes, old, better = self._agree(
             self.stop.asked,
-            self._writing is not None and self._writing[0].going_on,
+            self._writes,
             self.parallel.is_main and self._is_old(),
             self.parallel.is_main and self._improves(values),
         )
@@ -124,7 +124,9 @@ class Keeper:
 
     def between(self, step: int) -> None:
         """Stop between two phases of a step where a signal came, after `step` whole ones: the weights are theirs."""
-        (asked,) = self._agree(self.stop.asked)
+        asked, writes = self._agree(self.stop.asked, self._writes)
+        if self._writing is not None and not writes:
+            self._finish()  # the phase to come may be long
         if asked:
             if self.config.wanted and self._saved != (self._label, step):
                 self._save(step, {})
@@ -141,6 +143,11 @@ class Keeper:
     def seconds(self) -> float:
         """Measure the time that the run has taken; not collective."""
         return time.perf_counter() - self._started
+
+    @property
+    def _writes(self) -> bool:
+        """True while this rank writes a checkpoint."""
+        return self._writing is not None and self._writing[0].going_on
 
     def _end(self, number: int) -> None:
         self._finish()
