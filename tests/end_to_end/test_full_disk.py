@@ -45,7 +45,7 @@ MOMENTS = {
 SIZES = ("64k", "600k", "1m", "1400k", "1900k")
 """Sizes of a file system, each too small for the run."""
 ROOT = Path(__file__).parents[2]
-QUICK = ("run.json", "metrics.jsonl", "rollouts", "distcp", "common.pt", "weights")
+QUICK = ("run.json", "rollouts", "distcp")
 
 
 @contextmanager
@@ -95,6 +95,7 @@ def line(out: Path, reason: str, place: str | None) -> str:
     )
 
 
+@pytest.mark.slow
 def test_ranks_end_when_the_disk_of_one_is_full(
     expected: Result, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -30,7 +30,7 @@ BETWEEN = [
     ("dsm_train.run:weights.save_weights", 1, SIGTERM, "step 4 of 4 of grpo"),
     ("dsm_train.stages.grpo:write_report", 1, SIGTERM, "step 4 of 4 of grpo"),
 ]
-SLOW = [pytest.param(*case, marks=pytest.mark.slow) for case in (*WITHIN_STEPS[::2], *BETWEEN[::2])]
+SLOW = [pytest.param(*case, marks=pytest.mark.slow) for case in (*WITHIN_STEPS[::2], *BETWEEN[::2], BETWEEN[3])]
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +44,7 @@ def expected(tmp_path_factory: pytest.TempPathFactory) -> Result:
     return Result.of(folder / "run")
 
 
-@pytest.mark.parametrize(("where", "call", "number", "place"), [*WITHIN_STEPS[1::2], *BETWEEN[1::2], *SLOW])
+@pytest.mark.parametrize(("where", "call", "number", "place"), [*WITHIN_STEPS[1::2], BETWEEN[1], *SLOW])
 def test_a_run_saves_at_a_signal_and_goes_on_exactly(
     where: str,
     call: int,
