@@ -29,7 +29,7 @@ class Stop:
         self._tells, self._since, self._before = tells, 0.0, dict[signal.Signals, Any]()
 
     def listen(self) -> None:
-        """Begin; only Python's main thread can. What is ignored, as SIGHUP under nohup, stays so."""
+        """Begin; only Python's main thread can. Signals that are ignored, as SIGHUP under nohup, stay so."""
         if threading.current_thread() is threading.main_thread():
             heard = [number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
             self._before = {number: signal.signal(number, self._hear) for number in heard}
