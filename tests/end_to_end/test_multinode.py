@@ -45,11 +45,14 @@ def ends(nodes: list[subprocess.Popen[str]]) -> list[tuple[int, str, str]]:
     return [(node.returncode, *texts) for node, texts in zip(nodes, printed, strict=True)]
 
 
+OFF = "checkpoint.every_minutes=null"  # the nodes have no disk in common
+
+
 def test_two_nodes_train_together(tmp_path: Path) -> None:
     address = f"127.0.0.1:{free_port()}"
     folders = [tmp_path / "first", tmp_path / "second"]
     (first, second) = ends([
-        start_node(folder, "2", str(rank), address, "1", "--", "grpo", *GRPO, "run.out=runs/x", "checkpoint.every_minutes=null")
+        start_node(folder, "2", str(rank), address, "1", "--", "grpo", *GRPO, "run.out=runs/x", OFF)
         for rank, folder in enumerate(folders)
     ])  # fmt: skip
     assert (first[0], second[0]) == (0, 0), first[2] + second[2]
