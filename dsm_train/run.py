@@ -164,7 +164,7 @@ def start(config: ConfigT, stage: str, questions: Questions, *, trains: bool = T
         who = identity(config, questions)
         check_alike(ranks.gather_over_ranks(who))
         if trains:
-            who |= {"the stage": stage} | surroundings(ranks, threads)
+            who = {"the stage": stage} | who | surroundings(ranks, threads)
             origin = choose(config.run, folder, who, ranks, shared=config.checkpoint.wanted)
     stop = Stop(tells=ranks.is_main)
     opening = [startup_table(served_by(config, ranks, threads)), *questions.notes, *missing_ops()]

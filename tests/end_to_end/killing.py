@@ -353,7 +353,7 @@ def _different_checkpoints(expected: Path, actual: Path) -> Iterator[str]:
 
 def newest(out: Path) -> Path:
     """Find the last checkpoint of a run."""
-    return max(path for path in (out / "checkpoints").iterdir() if not path.name.startswith("."))
+    return max(path for path in (out / "checkpoints").iterdir() if path.name[:1].isdigit())
 
 
 def tensors(checkpoint: Path) -> dict[str, torch.Tensor]:
