@@ -19,22 +19,32 @@ class Book:
     def __init__(self, folder: Path, parallel: Parallel, saved: Callable[[], int]) -> None:
         """saved: steps whose outcome a checkpoint holds."""
         self._folder, self._parallel, self._saved = folder, parallel, saved
-        files = [path for path in folder.glob("*.parquet") if path.stem.isdigit()] if folder.is_dir() else []
+        files = [path for path in folder.glob("*.parquet") if path.stem.isdigit()]
         self._steps: set[int] = set(parallel.from_main({int(path.stem) for path in files}))
 
     def keep(self, step: int, rollouts: Rollouts) -> None:
         """Record the rollouts of step `step`, in place of what was recorded of it; those of saved steps go."""
         write_rollouts(self._file(step), rollouts, self._parallel)
         self._steps.add(step)
-        for step in [step for step in self._steps if step < self._saved()]:
-            self._steps.remove(step)
-            if self._parallel.is_main:
-                self._file(step).unlink(missing_ok=True)
+        self._remove({step for step in self._steps if step < self._saved()})
 
     def find(self, step: int, tasks: Sequence[Task], weight_version: int) -> Rollouts | None:
-        """Return this replica's rollouts of step `step`; None where none of these tasks and weights were recorded."""
-        if step not in self._steps:
-            return None
+        """Return this replica's rollouts of step `step`; None where none of these tasks and weights were recorded.
+
+        Those of later steps go then: they follow from other rollouts of this one.
+        """
+        found = self._read(step, tasks, weight_version) if step in self._steps else None
+        if found is None:
+            self._remove({later for later in self._steps if later > step})
+        return found
+
+    def _remove(self, steps: set[int]) -> None:
+        self._steps -= steps
+        if self._parallel.is_main:
+            for step in steps:
+                self._file(step).unlink(missing_ok=True)
+
+    def _read(self, step: int, tasks: Sequence[Task], weight_version: int) -> Rollouts | None:
         try:
             whole, reason = read_rollouts(self._file(step)), None
         except ValueError as error:
