@@ -125,8 +125,8 @@ class Keeper:
     def between(self, step: int) -> None:
         """Stop between two phases of a step where a signal came, after `step` whole ones: the weights are theirs."""
         asked, writes = self._agree(self.stop.asked, self._writes)
-        if self._writing is not None and not writes:
-            self._finish()  # the phase to come may be long
+        if asked or not writes:
+            self._finish()  # the phase to come may be long, and what is being written may be of this very step
         if asked:
             if self.config.wanted and self._saved != (self._label, step):
                 self._save(step, {})
@@ -195,7 +195,7 @@ class Keeper:
             metrics_bytes=self.metrics.sync(),
             samples_bytes=self.samples.sync(),
             seconds=self.seconds(),
-            results=self.results,
+            results=dict(self.results),
             counts={} if self._state.counts is None else asdict(self._state.counts),
             last={name: value if math.isfinite(value) else None for name, value in values.items()},
             best=self._best,
@@ -241,10 +241,10 @@ class Keeper:
         sums[STATE] = sha256(folder / STATE)
         lines = "".join(f"{digest}  {name}\n" for name, digest in sorted(sums.items()))
         (folder / SUMS).write_text(lines, encoding="utf-8")
-        whole = folder.with_name(place.name)
-        remove(whole)  # one that was passed over as damaged
         for name in (*sums, SUMS, "."):
             _sync(folder / name)
+        whole = folder.with_name(place.name)
+        remove(whole)  # one that was passed over as damaged
         folder.rename(whole)
         _sync(whole.parent)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import signal
 from pathlib import Path
 
 import pytest
@@ -11,8 +12,10 @@ import tiny
 from dsm_train.checkpoint.config import CheckpointConfig
 from dsm_train.checkpoint.find import checkpoints, newest
 from dsm_train.checkpoint.keeper import Keeper, State
+from dsm_train.checkpoint.place import Place
 from dsm_train.checkpoint.resume import Origin
 from dsm_train.checkpoint.stop import Stop
+from dsm_train.cli.errors import Ended
 from dsm_train.megatron.parallel import Parallel
 from dsm_train.megatron.step import TrainableModel
 from dsm_train.reporting.metrics import Metrics, Samples
@@ -108,3 +111,32 @@ def test_a_metric_that_never_occurs_is_told(
     assert (line is not None) == told
     if line is not None:
         assert line.startswith(f"checkpoint.best = {best}: no step of grpo has had it") and "reward" in line
+
+
+def test_a_signal_writes_no_step_again_that_is_being_written(
+    tmp_path: Path, layout: Parallel, model: TrainableModel
+) -> None:
+    stop = Stop(tells=False)
+    config = CheckpointConfig(every=1, every_minutes=None, keep=1)
+    keeper = Keeper(config, tmp_path, layout, Origin({}), Metrics(None), Samples(None), stop)
+    keeper.enter("grpo", 9, State({"policy": model}))
+    keeper.after(1, {"reward": 0.5})
+    stop.asked = signal.SIGTERM
+    with pytest.raises(Ended, match="after step 1 of 9 of grpo"):
+        keeper.between(1)
+    assert keeper.kept.saved == 1, "to write it again would remove it first"
+    (folder,) = checkpoints(tmp_path)
+    assert Place.read(folder).last == {"reward": 0.5}
+
+
+def test_results_that_come_while_a_checkpoint_is_written_are_not_its(
+    tmp_path: Path, layout: Parallel, model: TrainableModel
+) -> None:
+    config = CheckpointConfig(every=1, every_minutes=None)
+    keeper = Keeper(config, tmp_path, layout, Origin({}), Metrics(None), Samples(None), Stop(tells=False))
+    keeper.enter("grpo", 9, State({"policy": model}))
+    keeper.after(1, {})
+    keeper.results["before"] = {"accuracy": 0.5}  # a row of metrics.jsonl that the checkpoint does not count goes along
+    keeper.close()
+    (folder,) = checkpoints(tmp_path)
+    assert Place.read(folder).results == {}
