@@ -268,7 +268,7 @@ def _adam_step(model: TrainableModel) -> int:
     kept = [
         holder["step"]
         for inner in (part.optimizer for part in _optimizers(model))
-        for holder in (*inner.state.values(), *inner.param_groups)
+        for holder in (*inner.state.values(), *_groups(inner))
         if "step" in holder
     ]
     steps = {int(step) for step in kept}
@@ -282,8 +282,13 @@ def _set_adam_step(model: TrainableModel, step: int) -> None:
             for state in inner.state.values():
                 state["step"] = torch.tensor(float(step))  # one each: AdamW adds to it in place
         else:
-            for group in inner.param_groups:
+            for group in _groups(inner):
                 group["step"] = step
+
+
+def _groups(inner: torch.optim.Optimizer) -> list[dict[str, Any]]:
+    """List the groups that have a step: of none of whose weights this rank has a shard, Adam passes over."""
+    return [group for group in inner.param_groups if group["params"]]
 
 
 def _optimizers(model: TrainableModel) -> list[Any]:
