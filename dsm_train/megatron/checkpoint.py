@@ -127,14 +127,18 @@ class Writing:
 
 
 def _snapshot(request: Any) -> list[Bucket]:
-    """Copy the tensors to the CPU, those on it as well: training changes them while they are written."""
+    """Copy the tensors to the CPU, those on it as well: training changes them while they are written.
+
+    Originals go one by one, as some are copies themselves: of views, and what the distributed optimizer gathered.
+    """
     if request.preload_fn is None:
         return []  # other ranks write all of it
-    live = {id(tensor) for _, _, (_, tensors) in request.async_fn_args[1] for _, tensor in tensors}
-    buckets: list[Bucket] = []
-    for path, name, (blobs, tensors) in request.preload_fn():
-        copied = [(item, tensor.clone() if id(tensor) in live else tensor) for item, tensor in tensors]
-        buckets.append((path, name, (blobs, copied)))
+    buckets: list[Bucket] = request.preload_fn()
+    for (_, _, (_, tensors)), (_, _, (_, originals)) in zip(buckets, request.async_fn_args[1], strict=True):
+        for place, (item, tensor) in enumerate(tensors):
+            if tensor is originals[place][1]:
+                tensors[place] = item, tensor.clone()
+            originals[place] = item, None
     return buckets
 
 
