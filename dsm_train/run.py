@@ -22,7 +22,7 @@ from dsm_train.checkpoint.keeper import Keeper, State
 from dsm_train.checkpoint.resume import Origin, begin, choose
 from dsm_train.checkpoint.stop import Stop
 from dsm_train.cli import check_alike, digest, fingerprint, tell_torchrun, to_yaml, user_errors
-from dsm_train.cli.errors import Ended, end_of
+from dsm_train.cli.errors import NOT_FINITE, Ended, end_of
 from dsm_train.configs import StageConfig
 from dsm_train.data.tokenizer import FILES, Tokenizer
 from dsm_train.hf.architectures import HeadKind
@@ -166,7 +166,7 @@ def start(config: ConfigT, stage: str, questions: Questions, *, trains: bool = T
         if trains:
             who = {"the stage": stage} | who | surroundings(ranks, threads)
             origin = choose(config.run, folder, who, ranks, shared=config.checkpoint.wanted)
-    stop = Stop(tells=ranks.is_main)
+    stop = Stop(tells=ranks.is_main, saves=config.checkpoint.wanted)
     opening = [startup_table(served_by(config, ranks, threads)), *questions.notes, *missing_ops()]
     try:
         if not ranks.is_replica_main:
@@ -203,7 +203,7 @@ def training(
 
     opening: lines to begin with.
     """
-    again = "the same command continues" if config.run.out or folder is None else continuing(folder.path)
+    again = how_to_continue(config, None if folder is None else folder.path)
     out = ranks.from_main(None if folder is None else folder.path)
     assert out is not None
     config = replace(config, run=replace(config.run, out=out))
@@ -254,12 +254,21 @@ def ends(
             if end is None:
                 atexit.register(print, again, file=sys.stderr)  # below the traceback
             else:
+                again = "the same command would end here again" if end.status == NOT_FINITE else again
                 line = f"{prog}: {end.line}; {again}"
                 print(line, file=sys.stderr, flush=True)
                 tell_torchrun(line)
         if end is None:
             raise
         raise end from None
+
+
+def how_to_continue(config: StageConfig, folder: Path | None) -> str:
+    """Say how a run is continued that ends before it has finished."""
+    if config.run.out is None and folder is not None:
+        return continuing(folder)
+    auto = " with run.resume=auto" if config.run.resume == "never" else ""
+    return f"the same command{auto} {'continues' if config.checkpoint.wanted else 'begins again'}"
 
 
 def continuing(out: Path) -> str:

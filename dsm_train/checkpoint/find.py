@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -27,6 +28,8 @@ class Found:
     place: Place
     skipped: tuple[str, ...] = ()
     """Lines about newer ones that are not."""
+    damaged: tuple[Path, ...] = ()
+    """Those of them that were finished once."""
 
 
 def checkpoints(run: Path) -> list[Path]:
@@ -48,7 +51,7 @@ def newest(run: Path, parallel: Parallel) -> Found | None:
     Raises `ValueError` when there are checkpoints and none is whole, or one is of a later version.
     """
     candidates, begun = parallel.from_main((checkpoints(run), unfinished(run)))
-    skipped = [f"skipped {path}: it was being written when the run ended" for path in begun]
+    skipped, damaged = [f"skipped {path}: it was being written when the run ended" for path in begun], []
     for folder in reversed(candidates):
         try:
             place = check(folder, parallel)
@@ -56,8 +59,9 @@ def newest(run: Path, parallel: Parallel) -> Found | None:
             raise
         except ValueError as error:
             skipped.append(f"skipped {folder}: {error}")
+            damaged.append(folder)
             continue
-        return Found(folder, place, tuple(skipped))
+        return Found(folder, place, tuple(skipped), tuple(damaged))
     if candidates:
         raise ValueError(
             f"no checkpoint of {run} is whole ({'; '.join(skipped)}): begin anew with run.resume=never, which moves "
@@ -147,6 +151,19 @@ def _compare(folder: Path, name: str, sums: Mapping[str, str]) -> None:
         raise ValueError(f"{name} cannot be read: {error.strerror}") from None
     if digest != sums[name]:
         raise ValueError(f"{name} is damaged or cut off: its checksum in {SUMS} is another")
+
+
+def copy(folder: Path, run: Path) -> None:
+    """Copy a checkpoint to another run's folder, without its bytes where both are on one disk; whole or not at all."""
+    target = run / FOLDER / folder.name
+    writing = target.with_name(f".{folder.name}{WRITING}")
+    remove(writing)
+    try:
+        shutil.copytree(folder, writing, copy_function=os.link)
+    except OSError:  # another disk, or one without links
+        remove(writing)
+        shutil.copytree(folder, writing)
+    writing.rename(target)
 
 
 def remove(folder: Path) -> None:

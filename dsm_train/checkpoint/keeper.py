@@ -227,7 +227,7 @@ class Keeper:
             if self.parallel.is_main:
                 self._publish(folder, place, sums)
                 self._prune(place)
-        except OSError:
+        except Exception:
             if self.parallel.is_main:
                 remove(folder)  # there may be no room for half of it
             raise

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dsm_train.checkpoint.find import Found, checkpoints, named, newest, remove, unfinished
+from dsm_train.checkpoint.find import Found, checkpoints, copy, named, newest, remove, unfinished
 from dsm_train.checkpoint.identity import differing, rounding, to_tell, told
 from dsm_train.config import RunConfig
 from dsm_train.megatron.parallel import Parallel
@@ -49,14 +49,14 @@ def choose(
     Raises `ValueError` on all ranks for a run of another configuration, and for checkpoints of which none is whole.
     """
     holds = None if folder is None else _Holds(folder.path, folder.unfinished, folder.identity, folder.named)
-    holds = parallel.from_main(holds)
+    holds, restarted = parallel.from_main((holds, folder is not None and folder.is_restarted))
     assert holds is not None
     if shared:
         _check_shared(holds.path, parallel)
-    if run.resume == "never":
+    if run.resume == "never" and not restarted:
         aside = (f"the unfinished run in {holds.path} is moved aside",) if holds.unfinished else ()
         return Origin(identity, notes=aside)
-    if run.resume == "auto":
+    if run.resume in ("auto", "never"):
         return _newest(holds, identity, parallel, run.overwrite)
     named_as = parallel.from_main(str(Path(run.resume).resolve()))
     if holds.unfinished and holds.named == named_as:  # the same command again: it has begun there already
@@ -113,11 +113,17 @@ def begin(folder: RunFolder, origin: Origin, **state: Any) -> list[str]:
         folder.begin(keep=(ROLLOUTS,) if origin.same else (), **state)
         return list(origin.notes)
     place, source = origin.found.place, origin.found.folder.parent.parent
-    if origin.same:  # those of later steps, where the user went back; before the records that they count on
-        for path in checkpoints(folder.path):
-            if path.name > place.name and not any(str(path) in line for line in origin.found.skipped):
+    if origin.same:
+        for path in origin.found.damaged:  # they are none to keep
+            aside = path.with_name(f"damaged-{path.name}")
+            remove(aside)
+            path.rename(aside)
+        for path in checkpoints(folder.path):  # where the user went back; before the records that they count on
+            if path.name > place.name:
                 remove(path)
-    notes = folder.resume(place.metrics_bytes, place.samples_bytes, None if origin.same else source, **state)
+        return [*origin.notes, *folder.resume(place.metrics_bytes, place.samples_bytes, **state)]
+    notes = folder.resume(place.metrics_bytes, place.samples_bytes, source, **state)
+    copy(origin.found.folder, folder.path)  # the new run needs the old one no more
     return [*origin.notes, *notes]
 
 

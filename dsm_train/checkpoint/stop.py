@@ -19,8 +19,9 @@ _ECHO = 2.0
 class Stop:
     """Listener to signals: within a loop they are noted, for the loop to save and stop; elsewhere they end the job."""
 
-    def __init__(self, tells: bool) -> None:
-        """tells: this rank says what it heard."""
+    def __init__(self, tells: bool, saves: bool = True) -> None:
+        """tells: this rank says what it heard; saves: a loop writes a checkpoint before it stops."""
+        self.saves = saves
         self.asked = 0
         """Number of the signal that was heard; 0: none."""
         self.place: str | None = None
@@ -57,6 +58,7 @@ class Stop:
     def end(self, *, agreed: bool) -> Ended:
         """Make the end of the job by the signal that was heard; agreed: on all ranks."""
         where = "before the first checkpoint" if self.place is None else f"after {self.place}"
+        where = where if self.saves else "without a checkpoint, as checkpoint.* turns them off"
         return Ended(STOPPED, f"stopped by {signal.Signals(self.asked).name} {where}", agreed=agreed)
 
     def _hear(self, number: int, frame: FrameType | None) -> None:
@@ -72,4 +74,5 @@ class Stop:
             raise self.end(agreed=False)
         if self._tells:  # print may be what was interrupted
             second = "; Ctrl-C again ends at once, and loses what is not saved" if number == signal.SIGINT else ""
-            os.write(2, f"\n{signal.Signals(number).name}: saving, then stopping{second}\n".encode())
+            does = "saving, then stopping" if self.saves else "stopping at the end of this phase"
+            os.write(2, f"\n{signal.Signals(number).name}: {does}{second}\n".encode())

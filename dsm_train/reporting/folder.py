@@ -82,6 +82,12 @@ class RunFolder:
         return dict(self._state.get("identity") or {})
 
     @property
+    def is_restarted(self) -> bool:
+        """True when torchrun has started the ranks of the run that the folder holds again."""
+        again = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
+        return again and (self._state.get("agent"), self._state.get("host")) == (_agent(), socket.gethostname())
+
+    @property
     def starts(self) -> list[Any]:
         """Records of the starts of the run that the folder holds."""
         return list(self._state.get("starts") or [])

@@ -36,7 +36,7 @@ MOMENTS = {
     "state.json": ("dsm_train.checkpoint.place:Place.write", 3, "step 3 of 3 of sft"),
     "SHA256SUMS": ("dsm_train.checkpoint.keeper:sha256", 3, "step 3 of 3 of sft"),
     "weights": ("dsm_train.run:weights.save_weights", 1, "step 4 of 4 of grpo"),
-    "tokenizer": ("dsm_train.run:write_tokenizer_note", 1, "step 4 of 4 of grpo"),
+    "tokenizer": ("dsm_train.run:write_tokenizer_note", 2, "step 4 of 4 of grpo"),
     "report.json": ("dsm_train.stages.grpo:write_report", 1, "step 4 of 4 of grpo"),
     "curve.png": ("dsm_train.stages.grpo:learning_curve", 1, "step 4 of 4 of grpo"),
     "run.json, at the end": ("dsm_train.run:RunFolder.finish", 1, "step 4 of 4 of grpo"),
