@@ -12,6 +12,7 @@ each of its blocks begun with a checkpoint. With --jsonl FILE the row is appende
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -19,6 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any
+
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # as dsm-train has it, before torch is imported
 
 import torch
 
