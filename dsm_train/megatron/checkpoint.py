@@ -39,26 +39,22 @@ class Saver:
 
     def __init__(self, parallel: Parallel) -> None:
         self._parallel = parallel
-        self._strategies: dict[tuple[str, ...], TorchDistSaveShardedStrategy] = {}
-        """By the names of the models: upstream plans a checkpoint twice, and keeps the plan if they were equal."""
+        self._checked: set[tuple[str, ...]] = set()
+        """Names of models whose shards were found to cover each tensor exactly once."""
 
     def start(self, folder: Path, models: Mapping[str, Model]) -> Writing:
         """Copy the models' state to the CPU, and begin to write it to a folder that is there and empty. Collective."""
         names = tuple(models)
-        is_first = names not in self._strategies  # the shards are to cover each tensor exactly once
-        if is_first:
-            self._strategies[names] = TorchDistSaveShardedStrategy(
-                "torch_dist", 1, thread_count=1, cached_metadata=True
-            )
         of_0_19: dict[str, Any] = {"async_strategy": "mcore"} if "async_strategy" in _PARAMETERS else {}
         request = dist_checkpointing.save(
             {name: _sharded(name, model, self._parallel, loading=False) for name, model in models.items()},
             str(folder),
-            sharded_strategy=self._strategies[names],
-            validate_access_integrity=is_first,
+            sharded_strategy=TorchDistSaveShardedStrategy("torch_dist", 1, thread_count=1),
+            validate_access_integrity=names not in self._checked,
             async_sharded_save=True,
             **of_0_19,
         )
+        self._checked.add(names)
         return Writing(request, folder, self._parallel)
 
 
