@@ -17,8 +17,9 @@ from typing import Any, Generic, TypeVar
 import torch
 
 from dsm_train import __version__
-from dsm_train.checkpoint.find import FOLDER, MODEL
+from dsm_train.checkpoint.find import MODEL
 from dsm_train.checkpoint.keeper import Keeper, State
+from dsm_train.checkpoint.place import FOLDER
 from dsm_train.checkpoint.resume import Origin, begin, choose
 from dsm_train.checkpoint.stop import Stop
 from dsm_train.cli import check_alike, digest, fingerprint, tell_torchrun, to_yaml, user_errors

@@ -12,8 +12,8 @@ from dsm_train.config import above, at_least
 class CheckpointConfig:
     """Checkpoints, in run.out/checkpoints: the same command continues from the newest after a kill or a crash.
 
-    Written in the background while training goes on, and at the end of each loop. Without every and every_minutes none
-    are written.
+    Written in the background while training goes on, and at the end of each loop. Without every, every_minutes and
+    best none are written.
     """
 
     every: int | None = None

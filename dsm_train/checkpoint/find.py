@@ -8,12 +8,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from dsm_train.checkpoint.place import STATE, SUMS, NewerFormat, Place
+from dsm_train.checkpoint.place import FOLDER, STATE_FILE, SUMS, NewerFormat, Place, checkpoints
 from dsm_train.megatron.checkpoint import sha256
 from dsm_train.megatron.parallel import Parallel
 
-FOLDER = "checkpoints"
-"""Folder of a run's checkpoints, within that of the run."""
 MODEL = "model"
 """Folder beside them that describes their model: config.json, tokenizer and the like, all but weights."""
 WRITING = ".writing"
@@ -27,17 +25,9 @@ class Found:
     folder: Path
     place: Place
     skipped: tuple[str, ...] = ()
-    """Lines about newer ones that are not."""
+    """Lines about newer ones that are not whole."""
     damaged: tuple[Path, ...] = ()
-    """Those of them that were finished once."""
-
-
-def checkpoints(run: Path) -> list[Path]:
-    """List a run's checkpoints that were finished, the oldest first; whole or not."""
-    folder = run / FOLDER
-    if not folder.is_dir():
-        return []
-    return sorted(path for path in folder.iterdir() if path.is_dir() and path.name[:1].isdigit())
+    """Folders of newer ones that were finished once, and are not whole."""
 
 
 def unfinished(run: Path) -> list[Path]:
@@ -78,7 +68,7 @@ def named(path: Path, parallel: Parallel) -> Found:
     if path.name == FOLDER and not (path / FOLDER).exists():
         path = path.parent
     exists, is_run, is_checkpoint = parallel.from_main(
-        (path.is_dir(), (path / FOLDER).is_dir(), any((path / name).exists() for name in (STATE, SUMS)))
+        (path.is_dir(), (path / FOLDER).is_dir(), any((path / name).exists() for name in (STATE_FILE, SUMS)))
     )
     if not exists:
         raise ValueError(f"run.resume = {path} is no folder: name a checkpoint, a run's folder, auto or never")
@@ -107,7 +97,7 @@ def check(folder: Path, parallel: Parallel) -> Place:
     place, reason = None, None
     try:
         sums = _read_sums(folder)
-        _compare(folder, STATE, sums)  # before it is believed
+        _compare(folder, STATE_FILE, sums)  # before it is believed
         place = Place.read(folder)
         for name in sorted(sums)[parallel.rank :: parallel.world_size]:
             parallel.watchdog.beat()
@@ -135,7 +125,7 @@ def _read_sums(folder: Path) -> dict[str, str]:
         raise ValueError(f"{SUMS} is damaged") from None
     if rest:
         raise ValueError(f"{SUMS} is cut off")
-    for name in (STATE, *sorted(sums)):
+    for name in (STATE_FILE, *sorted(sums)):
         if name not in there:
             raise ValueError(f"{name} is missing")
     for name in sorted(there - set(sums)):
@@ -153,16 +143,16 @@ def _compare(folder: Path, name: str, sums: Mapping[str, str]) -> None:
         raise ValueError(f"{name} is damaged or cut off: its checksum in {SUMS} is another")
 
 
-def copy(folder: Path, run: Path) -> None:
+def copy(found: Found, run: Path) -> None:
     """Copy a checkpoint to another run's folder, without its bytes where both are on one disk; whole or not at all."""
-    target = run / FOLDER / folder.name
-    writing = target.with_name(f".{folder.name}{WRITING}")
+    target = run / FOLDER / found.place.name  # the user may have renamed it
+    writing = target.with_name(f".{target.name}{WRITING}")
     remove(writing)
     try:
-        shutil.copytree(folder, writing, copy_function=os.link)
+        shutil.copytree(found.folder, writing, copy_function=os.link)
     except OSError:  # another disk, or one without links
         remove(writing)
-        shutil.copytree(folder, writing)
+        shutil.copytree(found.folder, writing)
     writing.rename(target)
 
 

@@ -15,8 +15,8 @@ import torch
 import torch.distributed as dist
 
 from dsm_train.checkpoint.config import CheckpointConfig
-from dsm_train.checkpoint.find import FOLDER, WRITING, checkpoints, remove
-from dsm_train.checkpoint.place import STATE, SUMS, Place
+from dsm_train.checkpoint.find import WRITING, remove
+from dsm_train.checkpoint.place import FOLDER, STATE_FILE, SUMS, Place, checkpoints
 from dsm_train.checkpoint.resume import Origin
 from dsm_train.checkpoint.stop import Stop
 from dsm_train.megatron.checkpoint import Saver, Writing, load, sha256
@@ -238,7 +238,7 @@ class Keeper:
     def _publish(self, folder: Path, place: Place, sums: dict[str, str]) -> None:
         """Complete a checkpoint whose files are written, and let it appear: the main rank's."""
         place.write(folder)
-        sums[STATE] = sha256(folder / STATE)
+        sums[STATE_FILE] = sha256(folder / STATE_FILE)
         lines = "".join(f"{digest}  {name}\n" for name, digest in sorted(sums.items()))
         (folder / SUMS).write_text(lines, encoding="utf-8")
         for name in (*sums, SUMS, "."):

@@ -10,7 +10,17 @@ from typing import Any
 
 from dsm_train import __version__
 
-STATE, SUMS, FORMAT = "state.json", "SHA256SUMS", 1
+STATE_FILE, SUMS, FORMAT = "state.json", "SHA256SUMS", 1
+FOLDER = "checkpoints"
+"""Folder of a run's checkpoints, within that of the run."""
+
+
+def checkpoints(run: Path) -> list[Path]:
+    """List a run's checkpoints that were finished, the oldest first; whole or not."""
+    folder = run / FOLDER
+    if not folder.is_dir():
+        return []
+    return sorted(path for path in folder.iterdir() if path.is_dir() and path.name[:1].isdigit())
 
 
 @dataclass(frozen=True)
@@ -60,20 +70,20 @@ class Place:
 
     def write(self, folder: Path) -> None:
         """Write the file."""
-        (folder / STATE).write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")
+        (folder / STATE_FILE).write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")
 
     @classmethod
     def read(cls, folder: Path) -> Place:
         """Read what `write` wrote; raises `ValueError` with the reason for what it did not, or a later version did."""
         try:
-            values = json.loads((folder / STATE).read_text(encoding="utf-8"))
+            values = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
             number = int(values["format"])
         except FileNotFoundError as error:
-            raise ValueError(f"{STATE} is missing") from error
+            raise ValueError(f"{STATE_FILE} is missing") from error
         except OSError as error:
-            raise ValueError(f"{STATE} cannot be read: {error.strerror}") from error
+            raise ValueError(f"{STATE_FILE} cannot be read: {error.strerror}") from error
         except (ValueError, TypeError, KeyError) as error:
-            raise ValueError(f"{STATE} is not the state of a run in JSON") from error
+            raise ValueError(f"{STATE_FILE} is not the state of a run in JSON") from error
         if number > FORMAT:
             raise NewerFormat(
                 f"checkpoint {folder} was written by dsm {values.get('version')}, in format {number}, and this dsm "
@@ -82,10 +92,10 @@ class Place:
         known: dict[str, Any] = {}
         for item in fields(cls):
             if item.name not in values:
-                raise ValueError(f"{STATE} has no {item.name}")
+                raise ValueError(f"{STATE_FILE} has no {item.name}")
             value = known[item.name] = values[item.name]
             if not isinstance(value, _JSON[str(item.type)]) or isinstance(value, bool):
-                raise ValueError(f"{STATE} has {item.name} = {value!r}")
+                raise ValueError(f"{STATE_FILE} has {item.name} = {value!r}")
         known["models"] = tuple(known["models"])
         return cls(**known)
 

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dsm_train.checkpoint.find import Found, checkpoints, copy, named, newest, remove, unfinished
+from dsm_train.checkpoint.find import Found, copy, named, newest, remove, unfinished
 from dsm_train.checkpoint.identity import differing, rounding, to_tell, told
+from dsm_train.checkpoint.place import checkpoints
 from dsm_train.config import RunConfig
 from dsm_train.megatron.parallel import Parallel
 from dsm_train.reporting.folder import ROLLOUTS, STATE, RunFolder
@@ -123,7 +124,7 @@ def begin(folder: RunFolder, origin: Origin, **state: Any) -> list[str]:
                 remove(path)
         return [*origin.notes, *folder.resume(place.metrics_bytes, place.samples_bytes, **state)]
     notes = folder.resume(place.metrics_bytes, place.samples_bytes, source, **state)
-    copy(origin.found.folder, folder.path)  # the new run needs the old one no more
+    copy(origin.found, folder.path)  # the new run needs the old one no more
     return [*origin.notes, *notes]
 
 

@@ -36,7 +36,7 @@ FILES = (
 )
 """Files and folders that a run writes. Those of other names are the user's and stay."""
 RESULTS = ("report.json", "curve.png", "eval.json", "weights")
-"""Those of a run's end."""
+"""Files and folders that a run writes at its end."""
 RECORDS = ("metrics.jsonl", "samples.jsonl")
 """Files that grow while a run trains."""
 

@@ -16,7 +16,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from dsm_train.checkpoint.place import SUMS, NewerFormat, Place
+from dsm_train.checkpoint.place import SUMS, NewerFormat, Place, checkpoints
 from dsm_train.reporting.folder import STATE, read_state
 from dsm_train.reporting.record import Record
 
@@ -109,7 +109,11 @@ class Run:
     @classmethod
     def read(cls, path: Path) -> Run:
         """Read a folder that holds run.json."""
-        about, progress, found = read_state(path), Progress.read(path / "metrics.jsonl"), tuple(_checkpoints(path))
+        about, progress, found = (
+            read_state(path),
+            Progress.read(path / "metrics.jsonl"),
+            _checkpoints(path),
+        )
         records = about.get("starts")
         starts = tuple(map(Record.of, records)) if isinstance(records, list) else ()
         steps = next((c.place.steps for c in reversed(found) if c.place and c.place.loop == progress.loop), None)
@@ -220,12 +224,11 @@ def _lives(file: Path) -> bool | None:
     return False
 
 
-def _checkpoints(run: Path) -> Iterator[Checkpoint]:
+def _checkpoints(run: Path) -> tuple[Checkpoint, ...]:
     try:
-        folders = sorted(path for path in (run / "checkpoints").iterdir() if path.is_dir() and path.name[:1].isdigit())
+        return tuple(map(Checkpoint.read, checkpoints(run)))
     except OSError:
-        return
-    yield from map(Checkpoint.read, folders)
+        return ()
 
 
 def _configured_steps(run: Path, loop: str) -> int | None:

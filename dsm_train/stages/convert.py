@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 
 from dsm_train.checkpoint import find
-from dsm_train.checkpoint.place import NewerFormat, Place
+from dsm_train.checkpoint.place import FOLDER, NewerFormat, Place
 from dsm_train.cli import user_errors
 from dsm_train.config import ModelConfig
 from dsm_train.configs import ConvertConfig
@@ -63,7 +63,7 @@ class Source:
         if not description.is_dir():
             raise ValueError(
                 f"run.init: {folder} is a checkpoint, and the folder {description} is missing, which describes its "
-                f"model and tokenizer: copy {find.MODEL}/ from the run's {find.FOLDER}/ as well"
+                f"model and tokenizer: copy {find.MODEL}/ from the run's {FOLDER}/ as well"
             )
         beside = Pretrained.of(description)
         with whole(folder):

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
-from collections.abc import Callable
+import shutil
 from pathlib import Path
 
 import pytest
+from damage import Damage, cut, flip
 from test_place import PLACE
 
-from dsm_train.checkpoint.find import FOLDER, check, checkpoints, named, newest, remove, unfinished
-from dsm_train.checkpoint.place import STATE, SUMS, NewerFormat
+from dsm_train.checkpoint.find import Found, check, copy, named, newest, remove, unfinished
+from dsm_train.checkpoint.place import FOLDER, STATE_FILE, SUMS, NewerFormat, checkpoints
 from dsm_train.megatron.parallel import Parallel
 
-FILES = (".metadata", "__0_0.distcp", "__1_0.distcp", "common.pt", "metadata.json", STATE)
-Damage = Callable[[Path], object]
+FILES = (".metadata", "__0_0.distcp", "__1_0.distcp", "common.pt", "metadata.json", STATE_FILE)
 
 
 def write(run: Path, step: int) -> Path:
@@ -31,19 +32,6 @@ def write(run: Path, step: int) -> Path:
 def seal(folder: Path) -> None:
     digests = {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in FILES}
     (folder / SUMS).write_text("".join(f"{digest}  {name}\n" for name, digest in digests.items()))
-
-
-def flip(name: str, at: float = 0.5) -> Damage:
-    def damage(folder: Path) -> None:
-        data = bytearray((folder / name).read_bytes())
-        data[int(at * (len(data) - 1))] ^= 1
-        (folder / name).write_bytes(data)
-
-    return damage
-
-
-def cut(name: str, to: int = -1) -> Damage:
-    return lambda folder: (folder / name).write_bytes((folder / name).read_bytes()[:to])
 
 
 def gone(name: str) -> Damage:
@@ -120,7 +108,7 @@ def test_the_newest_that_is_whole_is_taken_and_the_others_are_named(tmp_path: Pa
 def test_a_newer_format_is_never_passed_over(tmp_path: Path, layout: Parallel) -> None:
     write(tmp_path, 1)
     folder = write(tmp_path, 2)
-    (folder / STATE).write_text((folder / STATE).read_text().replace('"format": 1', '"format": 2'))
+    (folder / STATE_FILE).write_text((folder / STATE_FILE).read_text().replace('"format": 1', '"format": 2'))
     with pytest.raises(ValueError, match="damaged"):  # one bit could say so
         check(folder, layout)
     seal(folder)
@@ -145,3 +133,20 @@ def test_a_checkpoint_that_is_half_removed_is_none(tmp_path: Path, layout: Paral
     remove(folder)
     remove(folder)  # there is nothing left to remove
     assert checkpoints(tmp_path) == []
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_a_copied_checkpoint_is_whole_without_the_one_that_it_is_of(
+    links: bool, tmp_path: Path, layout: Parallel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = write(tmp_path / "old", 3).rename(tmp_path / "old" / "mine")  # the user may have renamed it
+    if not links:
+
+        def refuse(*_: object, **__: object) -> None:
+            raise OSError(errno.EXDEV, "another disk")
+
+        monkeypatch.setattr("os.link", refuse)
+    copy(Found(source, PLACE), tmp_path / "new")
+    shutil.rmtree(tmp_path / "old")
+    (copied,) = checkpoints(tmp_path / "new")
+    assert copied.name == PLACE.name and check(copied, layout) == PLACE and not unfinished(tmp_path / "new")

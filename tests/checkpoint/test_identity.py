@@ -1,4 +1,4 @@
-"""What makes another run, what changes rounding, and what may change."""
+"""Keys that make another run, keys that change rounding, and keys that may change."""
 
 from __future__ import annotations
 

@@ -10,9 +10,9 @@ import pytest
 import tiny
 
 from dsm_train.checkpoint.config import CheckpointConfig
-from dsm_train.checkpoint.find import checkpoints, newest
+from dsm_train.checkpoint.find import newest
 from dsm_train.checkpoint.keeper import Keeper, State
-from dsm_train.checkpoint.place import Place
+from dsm_train.checkpoint.place import Place, checkpoints
 from dsm_train.checkpoint.resume import Origin
 from dsm_train.checkpoint.stop import Stop
 from dsm_train.cli.errors import Ended

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from dsm_train.checkpoint.place import STATE, NewerFormat, Place
+from dsm_train.checkpoint.place import STATE_FILE, NewerFormat, Place
 
 PLACE = Place(
     loop="grpo",
@@ -30,7 +30,7 @@ PLACE = Place(
 
 def write(folder: Path, **change: object) -> None:
     values = {name: value for name, value in (asdict(PLACE) | change).items() if value is not ...}
-    (folder / STATE).write_text(json.dumps(values))
+    (folder / STATE_FILE).write_text(json.dumps(values))
 
 
 def test_a_place_comes_back_as_it_was_written(tmp_path: Path) -> None:
@@ -65,7 +65,7 @@ def test_a_value_that_lacks_or_is_of_another_type_is_named(change: dict, words: 
 
 @pytest.mark.parametrize("text", ["", "{", "[1]", "null", "\x00\x00"])
 def test_what_is_no_json_object_is_no_place(text: str, tmp_path: Path) -> None:
-    (tmp_path / STATE).write_text(text)
+    (tmp_path / STATE_FILE).write_text(text)
     with pytest.raises(ValueError, match="^state.json is not the state of a run in JSON"):
         Place.read(tmp_path)
 

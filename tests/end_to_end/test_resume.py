@@ -5,17 +5,17 @@ from __future__ import annotations
 import gc
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch.distributed as dist
 from commands import GRPO, TINY, metrics, run, run_on_ranks, stage_of_rank, values
 from commands import refused as refused_by_a_process
+from damage import cut, flip
 from megatron.core import parallel_state
 from ranks import run_ranks
 
-from dsm_train.checkpoint.find import checkpoints
+from dsm_train.checkpoint.place import checkpoints
 from dsm_train.cli import errors
 from dsm_train.megatron.checkpoint import sha256
 
@@ -263,24 +263,6 @@ def best_step(folder: Path) -> int:
 
 def steps_kept(folder: Path) -> set[int]:
     return {int(path.name.rsplit("-", 1)[1]) for path in checkpoints(folder)}
-
-
-Damage = Callable[[Path], object]
-
-
-def flip(name: str, at: float = 0.5) -> Damage:
-    """A bit of a file is the other one."""
-
-    def damage(folder: Path) -> None:
-        data = bytearray((folder / name).read_bytes())
-        data[int(at * (len(data) - 1))] ^= 1
-        (folder / name).write_bytes(data)
-
-    return damage
-
-
-def cut(name: str) -> Damage:
-    return lambda folder: (folder / name).write_bytes((folder / name).read_bytes()[:-1])
 
 
 def test_the_newest_checkpoint_that_is_whole_is_taken_and_the_others_are_named(
