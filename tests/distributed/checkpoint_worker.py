@@ -81,7 +81,7 @@ def step(model: TrainableModel, number: int) -> None:
 
 
 def moments(model: TrainableModel) -> list[torch.Tensor]:
-    """All that the optimizer keeps on this rank, in its order."""
+    """List the tensors that the optimizer keeps on this rank, in its order."""
     inner = [optimizer.optimizer for optimizer in _optimizers(model)]
     states = [state for optimizer in inner for state in optimizer.state.values()]
     main = [p.detach() for optimizer in inner for group in optimizer.param_groups for p in group["params"]]

@@ -7,7 +7,6 @@ import json
 import os
 import resource
 import signal
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import ranks
 import torch.distributed as dist
-from commands import GRPO, WARMUP, stage_of_rank, values
+from commands import GRPO, WARMUP, run, stage_of_rank, values
+from ranks import Ranks
 
 from dsm_train.__main__ import main
 
@@ -77,6 +76,15 @@ class Result:
         return cls(values(out), (out / "samples.jsonl").read_bytes(), weights)
 
 
+def undisturbed(folder: Path, *arguments: str) -> Result:
+    """Run GRPO to its end in an empty folder."""
+    write_reward(folder)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        run("grpo", *RUN, f"run.out={folder / 'run'}", *arguments)
+    return Result.of(folder / "run")
+
+
 def state(out: Path) -> dict[str, Any]:
     """Read run.json."""
     found, _ = json.JSONDecoder().raw_decode((out / "run.json").read_text())
@@ -99,27 +107,12 @@ def ranks_ended(world: int, out: Path, moments: dict[int, tuple[str, int, str]],
 
     moments: by rank, the function and its call before which it happens, and the name of a signal or "full".
     """
-    ranks._start_server()
-    unique = out / f"ranks-{time.monotonic_ns()}"
-    prints = [unique.with_name(f"{unique.name}-{rank}.txt") for rank in range(world)]
-    given = (json.dumps(moments), *arguments)
-    processes = [
-        ranks._FORKED.Process(
-            target=ranks._rank,
-            args=((rank_of.__module__, rank_of.__name__), rank, world, unique, out, prints[rank], LIMIT, given),
-        )
-        for rank in range(world)
-    ]
-    for process in processes:
-        process.start()
+    ranks = Ranks(rank_of, world, out, json.dumps(moments), *arguments, timeout=LIMIT)
     try:
-        for process in processes:
-            process.join(LIMIT)
+        ranks.wait(LIMIT, others=True)
     finally:
-        for process in processes:
-            process.kill()
-            process.join()
-    return [process.exitcode for process in processes], "".join(file.read_text() for file in prints)
+        ranks.kill()
+    return ranks.statuses, "".join(ranks.printed())
 
 
 def rank_of(rank: int, world: int, store: dist.Store, out: Path, moments: str, *arguments: str) -> None:

@@ -101,7 +101,7 @@ class Start:
     statuses: tuple[int | None, ...]
     """Exit status of each rank."""
     printed: str
-    """All that the ranks printed."""
+    """Output of the ranks."""
     sampled: tuple[int, ...]
     """Steps whose rollouts were sampled, from 0."""
     graded: tuple[int, ...]
@@ -116,7 +116,7 @@ class Start:
 
     @property
     def place(self) -> str:
-        """Where the run went on."""
+        """Name the place at which the run went on."""
         found = re.search(r"^continued from .*: (.*)$", self.printed, re.MULTILINE)
         return found[1] if found else "its begin"
 

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 from commands import run
-from failing import RUN, Result, ended, fill, happening, ranks_ended, write_reward
+from failing import RUN, Result, ended, fill, happening, ranks_ended, undisturbed, write_reward
 
 MOMENTS = {
     "run.json": ("dsm_train.run:begin", 1, None),
@@ -61,11 +61,7 @@ def without_limit() -> Iterator[None]:
 def expected(tmp_path_factory: pytest.TempPathFactory) -> Result:
     """A run whose disk had room."""
     folder = tmp_path_factory.mktemp("whole")
-    write_reward(folder)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        run("grpo", *RUN, f"run.out={folder / 'run'}", f"record={folder / 'recorded.parquet'}", "record_step=1")
-    return Result.of(folder / "run")
+    return undisturbed(folder, f"record={folder / 'recorded.parquet'}", "record_step=1")
 
 
 @pytest.mark.parametrize(

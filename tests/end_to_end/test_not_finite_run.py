@@ -142,7 +142,7 @@ def test_supervised_training_stops_and_its_batch_is_replayed(folder: Path, tmp_p
 
 
 def test_a_run_that_stopped_goes_on_with_skip(folder: Path, tmp_path: Path) -> None:
-    """From the checkpoint before the step, in the same folder: to the weights of a run that skipped from the start."""
+    """The run continues from the checkpoint before the step, to the weights of one that skipped from the start."""
     with pytest.raises(NotFinite):
         run(*sft(folder, "poisoned", tmp_path / "stop", "checkpoint.every=1"))
     for name in ("stop", "skip"):
@@ -250,7 +250,7 @@ GRPO_RUN = (
 
 @pytest.mark.parametrize("layout", ["distributed_optimizer=true", "tp=2"])
 def test_ranks_of_reinforcement_learning_decide_alike(layout: str, folder: Path, tmp_path: Path) -> None:
-    """Of the two minibatches, that with the bad token is skipped; in the run that stops, the other is not made."""
+    """A run that skips makes the minibatch without the bad token; one that stops makes neither."""
     arguments = ["grpo", *GRPO_RUN, *data(folder), "warmup.steps=0", f"run.init={folder / 'clean'}"]
     printed = run_ranks(poisoned_ranks, 2, tmp_path, *arguments, f"parallel.{layout}")
     check_ranks(printed, tmp_path, "optim.not_finite")

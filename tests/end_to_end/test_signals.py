@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from commands import run
-from failing import RUN, Result, ended, happening, ranks_ended, state, write_reward
+from failing import RUN, Result, ended, happening, ranks_ended, state, undisturbed, write_reward
 
 from dsm_train.checkpoint import stop
 from dsm_train.checkpoint.stop import SIGNALS
@@ -36,12 +36,7 @@ SLOW = [pytest.param(*case, marks=pytest.mark.slow) for case in (*WITHIN_STEPS[:
 @pytest.fixture(scope="module")
 def expected(tmp_path_factory: pytest.TempPathFactory) -> Result:
     """A run that no signal came to."""
-    folder = tmp_path_factory.mktemp("whole")
-    write_reward(folder)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        run("grpo", *RUN, f"run.out={folder / 'run'}")
-    return Result.of(folder / "run")
+    return undisturbed(tmp_path_factory.mktemp("whole"))
 
 
 @pytest.mark.parametrize(("where", "call", "number", "place"), [*WITHIN_STEPS[1::2], BETWEEN[1], *SLOW])
